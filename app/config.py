@@ -1,0 +1,174 @@
+"""Settings: every knob of the service, from the environment and `config.env`, checked at boot."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+MOCK_TOKEN = "mock_token_for_demo"  # noqa: S105 - the documented value that selects the mock
+
+
+def _postgres_url(value: str) -> str:
+    try:
+        backend = make_url(value).get_backend_name()
+    except ArgumentError:
+        backend = ""
+    if backend not in ("postgresql", "postgres"):
+        raise ValueError("must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://")):
+        raise ValueError("must be a Redis or Valkey URL: redis://host:6379/0")
+    return value
+
+
+def _http_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must be an http:// or https:// URL")
+    return value.rstrip("/")
+
+
+PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+LogLevel = Annotated[
+    Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+    BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
+]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseSettings):
+    """All settings; a field's name in capitals is its environment variable."""
+
+    model_config = SettingsConfigDict(
+        env_file=(".env", "config.env"), env_ignore_empty=True, extra="ignore"
+    )
+
+    # URLs hold passwords: `repr=False` keeps them out of any log or traceback.
+    database_url: PostgresUrl = Field(
+        "postgresql+asyncpg://fleek:fleek123@localhost:5432/fleek_media", repr=False
+    )
+    database_url_sync: PostgresUrl | None = Field(None, repr=False)
+    database_pool_size: int = Field(10, ge=1, le=200)
+    redis_url: RedisUrl = Field("redis://localhost:6379/0", repr=False)
+    celery_broker_url: RedisUrl | None = Field(None, repr=False)
+    celery_result_backend: RedisUrl | None = Field(None, repr=False)
+
+    api_host: str = "0.0.0.0"  # noqa: S104 - the documented default; compose publishes to loopback
+    api_port: int = Field(8000, ge=1, le=65_535)
+    api_debug: bool = False
+    cors_origins: str = ""
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+
+    storage_path: Path = Path("./storage/media")
+    metadata_path: Path | None = None
+    storage_base_url: HttpUrl = "http://localhost:8000/media"
+    max_output_bytes: int = Field(100 << 20, ge=1024)
+    max_output_pixels: int = Field(50_000_000, ge=1)
+    download_concurrency: int = Field(8, ge=1, le=64)
+
+    replicate_api_token: SecretStr = SecretStr(MOCK_TOKEN)
+    replicate_base_url: HttpUrl = "https://api.replicate.com"
+    replicate_timeout_seconds: Seconds = 15
+    replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)
+    replicate_mock_delay_min: float = Field(2, ge=0, le=3600)
+    replicate_mock_delay_max: float = Field(10, ge=0, le=3600)
+    replicate_mock_failure_rate: float = Field(0.1, ge=0, le=1)
+
+    max_retry_attempts: int = Field(3, ge=0, le=100)
+    retry_backoff_factor: float = Field(2, ge=1, le=60)
+    retry_backoff_max_seconds: Seconds = 300
+    reconcile_grace_seconds: float = Field(5, ge=0, le=600)
+    reconcile_deadline_seconds: Seconds = 300
+    on_unknown_outcome: Literal["fail", "resubmit"] = "fail"
+    job_deadline_seconds: Seconds = 3600
+    prediction_deadline_seconds: float = Field(900, ge=5, le=86_400)
+    download_deadline_seconds: Seconds = 120
+
+    worker_concurrency: int = Field(1000, ge=1, le=10_000)
+    worker_heartbeat_seconds: float = Field(3, gt=0, le=60)
+    worker_lease_seconds: float = Field(15, gt=0, le=600)
+    sweep_interval_seconds: float = Field(1, gt=0, le=60)
+    poll_interval_seconds: float = Field(1, gt=0, le=60)
+
+    log_level: LogLevel = "INFO"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.replicate_mock_delay_min > self.replicate_mock_delay_max:
+            raise ValueError("REPLICATE_MOCK_DELAY_MIN must not exceed REPLICATE_MOCK_DELAY_MAX")
+        if self.worker_lease_seconds < 3 * self.worker_heartbeat_seconds:
+            raise ValueError(
+                "WORKER_LEASE_SECONDS must be at least 3 times WORKER_HEARTBEAT_SECONDS,"
+                " or one late heartbeat takes a living worker's jobs away"
+            )
+        return self
+
+    @property
+    def async_database_url(self) -> str:
+        """`DATABASE_URL` for asyncpg, whatever driver the URL names."""
+        return _with_driver(self.database_url, "postgresql+asyncpg")
+
+    @property
+    def sync_database_url(self) -> str:
+        """`DATABASE_URL_SYNC` (or else `DATABASE_URL`) for psycopg 3: Alembic and the scripts."""
+        return _with_driver(self.database_url_sync or self.database_url, "postgresql+psycopg")
+
+    @property
+    def broker_url(self) -> str:
+        """`CELERY_BROKER_URL`, or else `REDIS_URL`."""
+        return self.celery_broker_url or self.redis_url
+
+    @property
+    def metadata_directory(self) -> Path:
+        """`METADATA_PATH`, or else the folder `metadata` beside `STORAGE_PATH`."""
+        return self.metadata_path or self.storage_path.parent / "metadata"
+
+    @property
+    def cors_origin_list(self) -> list[str]:
+        """The comma-separated `CORS_ORIGINS` as a list; empty means no CORS headers."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def is_mock(self) -> bool:
+        """True when predictions come from the built-in mock instead of Replicate."""
+        return self.replicate_api_token.get_secret_value() == MOCK_TOKEN
+
+
+def _with_driver(url: str, driver: str) -> str:
+    return make_url(url).set(drivername=driver).render_as_string(hide_password=False)
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """Return the process's settings; end the process with one clear line per wrong value.
+
+    The values themselves are not printed: one of them may be a password.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [
+            _explain(str(fault["loc"][0]) if fault["loc"] else "", fault["msg"])
+            for fault in error.errors(include_input=False)
+        ]
+        raise SystemExit("Wrong configuration:\n" + "\n".join(lines)) from None
+
+
+def _explain(name: str, message: str) -> str:
+    text = message.removeprefix("Value error, ")
+    return f"  {name.upper()}: {text}" if name else f"  {text}"

@@ -1,0 +1,118 @@
+"""Every error the service raises on purpose.
+
+AppError                       safe to show: `detail` is written for the client
+  InvalidInput            422
+  JobNotFound             404
+  JobNotReady             409  no file or document yet
+  JobAlreadyFinished      409  a terminal job cannot be cancelled
+  ServiceUnavailable      503  the database is away; nothing was changed
+ProviderError                  what a prediction service did, classified once at the adapter's edge
+StorageError                   the disk or the object store failed; always worth another try
+LeaseLost                      the job is no longer this worker's: stop and write nothing
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar
+
+
+class AppError(Exception):
+    """An error whose `detail` a client may read."""
+
+    status_code: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal Server Error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class InvalidInput(AppError):
+    """The client's request cannot be accepted as it is.
+
+    `errors` holds one `(path, message)` per fault; a path is `("body", "parameters", "width")`.
+    """
+
+    status_code = 422
+    title = "Unprocessable Content"
+
+    def __init__(
+        self, detail: str, errors: Sequence[tuple[tuple[str | int, ...], str]] = ()
+    ) -> None:
+        super().__init__(detail)
+        self.errors = errors
+
+
+class JobNotFound(AppError):
+    """There is no such job, or it has no such file."""
+
+    status_code = 404
+    title = "Not Found"
+
+
+class JobNotReady(AppError):
+    """The job has not completed, so what was asked for does not exist yet."""
+
+    status_code = 409
+    title = "Conflict"
+
+
+class JobAlreadyFinished(AppError):
+    """The job is completed, failed or cancelled: nothing can be cancelled any more."""
+
+    status_code = 409
+    title = "Conflict"
+
+
+class ServiceUnavailable(AppError):
+    """Something the request needs is away for now; the client should come back."""
+
+    status_code = 503
+    title = "Service Unavailable"
+
+
+class FailureClass(StrEnum):
+    """What a failure means for the job; `app.jobs.retry` turns it into a decision."""
+
+    TRANSIENT = "transient"  # proven not to have produced anything: counts an attempt, backs off
+    THROTTLED = "throttled"  # refused for its rate: wait as asked, not an attempt
+    AMBIGUOUS = "ambiguous"  # may have been accepted and paid: reconcile before anything else
+    PERMANENT = "permanent"  # would fail again: invalid input, moderation, auth, credit
+    INTERNAL = "internal"  # our own disk or database: try again, not an attempt
+
+
+class ProviderError(Exception):
+    """A call to the provider, or a prediction, did not succeed.
+
+    `code` is stable and machine-readable, `message` is written for the client and holds nothing
+    secret. `retry_after_seconds` is the provider's own wish, already bounded.
+    """
+
+    def __init__(
+        self,
+        failure_class: FailureClass,
+        code: str,
+        message: str,
+        *,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.failure_class = failure_class
+        self.code = code
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+class PredictionNotFound(ProviderError):
+    """The provider does not know this prediction id (or has forgotten it)."""
+
+    def __init__(self, message: str = "The provider no longer knows the prediction.") -> None:
+        super().__init__(FailureClass.PERMANENT, "prediction_not_found", message)
+
+
+class StorageError(Exception):
+    """A write or read in storage failed (no space, no permission, store unreachable)."""
+
+
+class LeaseLost(Exception):
+    """A guarded write changed no row: another worker, or a cancel, owns the job now."""

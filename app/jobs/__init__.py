@@ -1,0 +1,1 @@
+"""The life of a job: the domain. Knows neither HTTP nor Celery."""
