@@ -1,0 +1,376 @@
+"""One job's run by one owner: claim, submit, wait, store, complete.
+
+Every step is checkpointed in the job's row and its attempt, so a run can end at any line (a crash,
+a hand-over, a lost lease) and the next owner goes on from there:
+
+    no open attempt            -> submit a new one
+    attempt `intent`           -> reconcile: did the provider get it?
+    attempt `submitted`        -> wait for its prediction, however it stands by now
+"""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from functools import partial
+from typing import Any, Literal
+from uuid import UUID
+
+import structlog
+
+from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
+from app.jobs.models import Attempt, Job
+from app.jobs.outputs import OutputKeeper
+from app.jobs.repository import (
+    SUBMIT_WINDOW_SECONDS,
+    Claim,
+    JobRepository,
+    Lease,
+    Settlement,
+)
+from app.jobs.retry import Fail, RetryPolicy, decide
+from app.jobs.watch import PredictionWatcher
+from app.providers.base import Prediction, PredictionRequest, Provider
+from app.providers.outcome import raise_for_outcome
+
+# Creates under way at once in this process; the others wait before they commit their intent.
+SUBMIT_CONCURRENCY = 100
+# The provider's clock may differ from the database's by this much.
+CLOCK_SKEW = timedelta(seconds=60)
+SEED_LIMIT = 2**31
+CREATE_GRACE_SECONDS = 3.0
+# Replicate's ids have 26; the mock's are long, because they carry the prompt.
+LOGGED_ID_CHARS = 32
+
+# Whether a model (by name) has a parameter (by name): `ParameterChecker.knows`.
+KnowsParameter = Callable[[str, str], Awaitable[bool]]
+
+log = structlog.get_logger(__name__)
+
+
+class Outcome(StrEnum):
+    """How one run of a job ended, for whoever shows it (Celery's events, say)."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RETRY = "retry"
+    SKIPPED = "skipped"  # not ours: somebody else has it, or it is over
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The outcome and, unless it went well, why; `retry_in_seconds` only for RETRY."""
+
+    outcome: Outcome
+    error_code: str | None = None
+    retry_in_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LifecyclePolicy:
+    """What the settings say about a job's life; durations in seconds."""
+
+    retry: RetryPolicy
+    prediction_deadline_seconds: float
+    reconcile_grace_seconds: float
+    reconcile_deadline_seconds: float
+    on_unknown_outcome: Literal["fail", "resubmit"]
+
+
+class AttemptEnded(Exception):
+    """The attempt is over without a stored output; the job may or may not get another."""
+
+    def __init__(self, error: ProviderError, settlement: Settlement) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.settlement = settlement
+
+
+class Lifecycle:
+    """Runs jobs; one instance serves every job of the process."""
+
+    def __init__(
+        self,
+        repository: JobRepository,
+        provider: Provider,
+        watcher: PredictionWatcher,
+        keeper: OutputKeeper,
+        knows_parameter: KnowsParameter,
+        policy: LifecyclePolicy,
+    ) -> None:
+        self._repository = repository
+        self._provider = provider
+        self._watcher = watcher
+        self._keeper = keeper
+        self._knows_parameter = knows_parameter
+        self._policy = policy
+        self._submitting = asyncio.Semaphore(SUBMIT_CONCURRENCY)
+
+    async def run(
+        self, job_id: UUID, worker_id: UUID, on_claim: Callable[[Lease], None]
+    ) -> RunResult:
+        """Claim the job and bring it as far as it goes; `on_claim` hears of the lease.
+
+        From pending (or processing without an owner) to completed, failed, or pending again
+        for a retry. Raises only when the database fails; the job then stays claimed.
+        """
+        claim = await self._repository.claim(job_id, worker_id)
+        if claim is None:
+            return RunResult(Outcome.SKIPPED)
+        on_claim(claim.lease)
+        number = claim.job.retry_count + 1
+        with structlog.contextvars.bound_contextvars(
+            job_id=str(job_id), attempt=number, request_id=claim.job.request_id
+        ):
+            return await self._run_claimed(claim)
+
+    async def _run_claimed(self, claim: Claim) -> RunResult:
+        log.info("job_claimed", phase=claim.job.phase, resumed=claim.attempt is not None)
+        try:
+            await self._advance(claim)
+        except LeaseLost:
+            log.info("lease_lost")
+            return RunResult(Outcome.SKIPPED)
+        except AttemptEnded as ended:
+            return await self._conclude(claim, ended.error, ended.settlement)
+        except ProviderError as error:
+            return await self._conclude(claim, _uncounted(error), None)
+        except StorageError as error:
+            log.error("storage_failed", error=str(error))
+            return await self._conclude(claim, _internal("storage_unavailable"), None)
+        except Exception:
+            log.exception("run_failed")
+            return await self._conclude(claim, _internal("internal_error"), None)
+        log.info("job_completed")
+        return RunResult(Outcome.COMPLETED)
+
+    async def _advance(self, claim: Claim) -> None:
+        attempt, prediction = await self._prediction(claim)
+        if not prediction.is_terminal:
+            with _ending(attempt, permanent_only=True):
+                prediction = await self._watcher.wait(prediction.id)
+        log.info(
+            "prediction_ended",
+            prediction_id=prediction.id[:LOGGED_ID_CHARS],
+            status=prediction.status,
+        )
+        with _ending(attempt, prediction):
+            raise_for_outcome(prediction)
+        await self._store(claim, attempt, prediction)
+
+    async def _prediction(self, claim: Claim) -> tuple[Attempt, Prediction]:
+        attempt = claim.attempt
+        if attempt is None:
+            return await self._submit(claim)
+        if attempt.prediction_id is None:
+            return attempt, await self._reconcile(claim, attempt)
+        with _ending(attempt, permanent_only=True):
+            return attempt, await self._provider.get(attempt.prediction_id)
+
+    # --- submit ------------------------------------------------------------------------------
+
+    async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
+        request = await self._request(claim.job)
+        async with self._submitting:
+            intended_at = time.monotonic()
+            attempt = await self._repository.begin_attempt(
+                claim.lease, self._provider.name, request
+            )
+            creating = self._create(claim.lease, attempt, request, intended_at)
+            prediction = await _uninterrupted(creating)
+        log.info(
+            "prediction_created",
+            prediction_id=prediction.id[:LOGGED_ID_CHARS],
+            status=prediction.status,
+        )
+        return attempt, prediction
+
+    async def _create(
+        self, lease: Lease, attempt: Attempt, request: PredictionRequest, intended_at: float
+    ) -> Prediction:
+        """Make the one create call of a committed intent, and commit the id it gives.
+
+        If we die before the call, or before the commit, the attempt stays `intent` and the
+        next owner reconciles.
+        """
+        late = time.monotonic() - intended_at > SUBMIT_WINDOW_SECONDS
+        if late and not await self._repository.may_still_submit(lease):
+            raise LeaseLost
+        with _ending(attempt):
+            prediction = await self._provider.create(request)
+        if not await self._repository.record_prediction(lease, attempt.id, prediction):
+            # Another attempt with the same input adopted it, so that one's own may be ours.
+            raise _ambiguous("The prediction was taken over by another job.")
+        return prediction
+
+    async def _request(self, job: Job) -> PredictionRequest:
+        """Build the input: the client's parameters unchanged, and a seed if the model has one.
+
+        The seed makes the result reproducible and the input recognisable in the provider's list.
+        """
+        given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
+        if given.get("seed") is None and await self._knows_parameter(job.model_name, "seed"):
+            given["seed"] = secrets.randbelow(SEED_LIMIT)
+        return PredictionRequest(
+            job.model_name, given, round(self._policy.prediction_deadline_seconds)
+        )
+
+    # --- reconcile ---------------------------------------------------------------------------
+
+    async def _reconcile(self, claim: Claim, attempt: Attempt) -> Prediction:
+        """Find out what became of a create call whose answer nobody has.
+
+        Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
+        no prediction, or that nobody will ever know.
+        """
+        request = PredictionRequest(attempt.model_name, attempt.input, 0)
+        try:
+            found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
+        except ProviderError as error:
+            self._give_up_if_unprovable(claim, attempt, error)
+            raise
+        for prediction in found:
+            if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
+                log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
+                return prediction
+        if claim.attempt_age_seconds < self._policy.reconcile_grace_seconds:
+            raise _ambiguous("The create call may still be under way.")
+        log.info("create_proven_absent")
+        raise AttemptEnded(
+            ProviderError(
+                FailureClass.TRANSIENT,
+                "create_lost",
+                "The provider never received the create call.",
+            ),
+            Settlement(attempt.id, "absent"),
+        )
+
+    def _give_up_if_unprovable(self, claim: Claim, attempt: Attempt, error: ProviderError) -> None:
+        young = claim.attempt_age_seconds < self._policy.reconcile_deadline_seconds
+        if young and error.failure_class is not FailureClass.PERMANENT:
+            return
+        log.error("provider_outcome_unknown", attempt_id=str(attempt.id))
+        resubmit = self._policy.on_unknown_outcome == "resubmit"
+        raise AttemptEnded(
+            ProviderError(
+                FailureClass.TRANSIENT if resubmit else FailureClass.PERMANENT,
+                "provider_outcome_unknown",
+                "The provider never said whether it accepted the prediction;"
+                " it was not submitted again, because it may have been paid.",
+            ),
+            Settlement(attempt.id, "unknown", error.code),
+        ) from error
+
+    # --- store and conclude ------------------------------------------------------------------
+
+    async def _store(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
+        """Keep the outputs, then commit `completed`.
+
+        If we die anywhere in here, the next owner downloads again and writes the same files.
+        """
+        still_ours = partial(self._repository.begin_storing, claim.lease)
+        await still_ours()
+        with _ending(attempt, prediction, permanent_only=True):
+            outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours)
+        await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+
+    async def _conclude(
+        self, claim: Claim, error: ProviderError, settlement: Settlement | None
+    ) -> RunResult:
+        decision = decide(
+            error,
+            retry_count=claim.job.retry_count,
+            throttle_count=claim.job.throttle_count,
+            policy=self._policy.retry,
+            jitter=random.random(),
+        )
+        try:
+            if isinstance(decision, Fail):
+                await self._repository.fail(
+                    claim.lease,
+                    error_code=error.code,
+                    error_message=error.message,
+                    settlement=settlement,
+                )
+                log.warning("job_failed", code=error.code)
+                return RunResult(Outcome.FAILED, error.code)
+            await self._repository.retry_later(
+                claim.lease,
+                delay_seconds=decision.delay_seconds,
+                error_code=error.code,
+                error_message=error.message,
+                retries=decision.retries,
+                throttles=decision.throttles,
+                settlement=settlement,
+            )
+        except LeaseLost:
+            log.info("lease_lost")
+            return RunResult(Outcome.SKIPPED)
+        log.info("job_retries", code=error.code, delay_seconds=round(decision.delay_seconds, 2))
+        return RunResult(Outcome.RETRY, error.code, decision.delay_seconds)
+
+
+async def _uninterrupted(creating: Coroutine[Any, Any, Prediction]) -> Prediction:
+    """Let a create end although its job is being stopped: half a create may be a paid one.
+
+    For at most `CREATE_GRACE_SECONDS`; what is abandoned then is reconciled by the next owner.
+    """
+    task = asyncio.create_task(creating)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=CREATE_GRACE_SECONDS)
+        if task.done() and not task.cancelled():
+            task.exception()  # retrieved, or asyncio would report it as forgotten
+        raise
+
+
+@contextmanager
+def _ending(
+    attempt: Attempt, prediction: Prediction | None = None, *, permanent_only: bool = False
+) -> Iterator[None]:
+    """Turn failures that end the attempt into `AttemptEnded`.
+
+    An AMBIGUOUS one never does; with `permanent_only` what may pass leaves it open too.
+    """
+    try:
+        yield
+    except ProviderError as error:
+        lasting = error.failure_class is FailureClass.PERMANENT
+        if error.failure_class is FailureClass.AMBIGUOUS or (permanent_only and not lasting):
+            raise
+        raise AttemptEnded(error, _settlement(attempt, prediction, error)) from error
+
+
+def _settlement(
+    attempt: Attempt, prediction: Prediction | None, error: ProviderError | None = None
+) -> Settlement:
+    return Settlement(
+        attempt.id,
+        outcome=prediction.status if prediction else error.code if error else "unknown",
+        error_message=error.message if error else None,
+        predict_time_seconds=prediction.predict_time_seconds if prediction else None,
+        version=prediction.version if prediction else None,
+    )
+
+
+def _uncounted(error: ProviderError) -> ProviderError:
+    """The attempt goes on: a failed read or download must not use up a retry."""
+    if error.failure_class is not FailureClass.TRANSIENT:
+        return error
+    return ProviderError(FailureClass.INTERNAL, error.code, error.message)
+
+
+def _ambiguous(message: str) -> ProviderError:
+    return ProviderError(FailureClass.AMBIGUOUS, "provider_outcome_pending", message)
+
+
+def _internal(code: str) -> ProviderError:
+    return ProviderError(
+        FailureClass.INTERNAL, code, "The service could not finish this step; it will try again."
+    )

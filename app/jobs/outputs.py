@@ -1,0 +1,231 @@
+"""Keeping what a prediction made: download, check, store; the media first, the metadata last."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+from app.errors import FailureClass, ProviderError, StorageError
+from app.jobs.models import Attempt, Job, Output
+from app.media import picture, sniff
+from app.providers.base import Prediction, Provider
+from app.providers.outcome import output_values
+from app.storage.base import Storage, media_key, metadata_key
+
+MAX_OUTPUTS = 100
+# Decoding is CPU: more at once would only make each of them late.
+DECODERS = 2
+
+
+class OutputKeeper:
+    """Turns a succeeded prediction into stored files and rows to be committed with the job.
+
+    Doing it again is harmless: the same files are written under the same names.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        storage: Storage,
+        *,
+        max_bytes: int,
+        max_pixels: int,
+        deadline_seconds: float,
+        concurrency: int,
+    ) -> None:
+        self._provider = provider
+        self._storage = storage
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._deadline_seconds = deadline_seconds
+        self._downloads = asyncio.Semaphore(concurrency)
+        self._decodes = asyncio.Semaphore(DECODERS)
+
+    async def keep(
+        self,
+        job: Job,
+        attempt: Attempt,
+        prediction: Prediction,
+        before_put: Callable[[], Awaitable[None]],
+    ) -> list[Output]:
+        """Store every output and then the metadata document.
+
+        `before_put` is awaited before each write that others could see, and may raise to stop.
+        Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
+        one worth another download; StorageError.
+        """
+        values = list(output_values(prediction.output))
+        if not values:
+            raise _refused("no_output", "The prediction succeeded without any output.")
+        if len(values) > MAX_OUTPUTS:
+            raise _refused("invalid_output", f"The prediction made more than {MAX_OUTPUTS} files.")
+        outputs = []
+        for index, value in enumerate(values):
+            async with self._downloads:
+                outputs.append(await self._keep_one(job.id, index, value, before_put))
+        document = metadata_document(job, attempt, prediction, outputs)
+        await self._put_metadata(job.id, document, before_put)
+        return outputs
+
+    async def _keep_one(
+        self, job_id: UUID, index: int, value: Any, before_put: Callable[[], Awaitable[None]]
+    ) -> Output:
+        path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                head = await self._fetch(value, path)
+            media_type = _media_type(value, head)
+            width, height = await self._check(path, media_type)
+            if width is not None:
+                media_type = sniff.PNG
+            name = output_name(job_id, index, media_type)
+            size_bytes, sha256 = await asyncio.to_thread(_measure, path)
+            await before_put()
+            await self._storage.put(media_key(name), path)
+        except TimeoutError as error:
+            raise ProviderError(
+                FailureClass.TRANSIENT, "download_failed", "The download took too long."
+            ) from error
+        except OSError as error:
+            raise StorageError(f"cannot write the download: {error.strerror}") from error
+        finally:
+            await asyncio.to_thread(_forget, path)
+        return Output(
+            job_id=job_id,
+            index=index,
+            name=name,
+            media_type=media_type,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            width=width,
+            height=height,
+        )
+
+    async def _fetch(self, value: Any, path: Path) -> bytes:
+        """Write one output to `path`; return its first bytes."""
+        size_bytes = 0
+        head = b""
+        file = await asyncio.to_thread(path.open, "wb")
+        try:
+            async for chunk in self._chunks(value):
+                size_bytes += len(chunk)
+                if size_bytes > self._max_bytes:
+                    raise _refused("output_too_large", "The output is larger than allowed.")
+                head += chunk[: sniff.HEAD_BYTES - len(head)]
+                await asyncio.to_thread(file.write, chunk)
+        finally:
+            await asyncio.to_thread(file.close)
+        if not size_bytes:
+            raise _refused("invalid_output", "The output is empty.")
+        return head
+
+    async def _chunks(self, value: Any) -> AsyncIterator[bytes]:
+        if _is_address(value):
+            async for chunk in self._provider.download(value):
+                yield chunk
+        elif isinstance(value, str):
+            yield value.encode()
+        else:
+            yield json.dumps(value).encode()
+
+    async def _check(self, path: Path, media_type: str) -> tuple[int, int] | tuple[None, None]:
+        if media_type == "text/html":
+            raise _refused("invalid_output", "The output is a web page, not a file.")
+        if media_type not in sniff.PICTURES:
+            return None, None
+        async with self._decodes:
+            try:
+                return await asyncio.to_thread(picture.make_png, path, media_type, self._max_pixels)
+            except picture.BadPicture as error:
+                raise _refused("invalid_output", str(error)) from error
+
+    async def _put_metadata(
+        self, job_id: UUID, document: dict[str, Any], before_put: Callable[[], Awaitable[None]]
+    ) -> None:
+        path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        try:
+            await asyncio.to_thread(path.write_text, text, "utf-8")
+            await before_put()
+            await self._storage.put(metadata_key(job_id), path)
+        except OSError as error:
+            raise StorageError(f"cannot write the metadata: {error.strerror}") from error
+        finally:
+            await asyncio.to_thread(_forget, path)
+
+
+def output_name(job_id: UUID, index: int, media_type: str) -> str:
+    """Return the file name: `{job_id}.png` for the first output, `{job_id}-1.png` for the next."""
+    number = f"-{index}" if index else ""
+    return f"{job_id}{number}.{sniff.EXTENSIONS[media_type]}"
+
+
+def metadata_document(
+    job: Job, attempt: Attempt, prediction: Prediction, outputs: Sequence[Output]
+) -> dict[str, Any]:
+    """Return the stored JSON: what went in, as sent, and what was learned.
+
+    Every input parameter stands at the top level; the service's own names win over a parameter
+    of the same name, which is still found under `parameters`.
+    """
+    return {
+        **attempt.input,
+        "prompt": job.prompt,
+        "model_name": job.model_name,
+        "parameters": job.parameters,
+        "external_job_id": prediction.id,
+        "created_at": _iso(job.created_at),
+        "job_id": str(job.id),
+        "provider": attempt.provider,
+        "model_version": prediction.version or attempt.version,
+        "attempt": attempt.number,
+        "timings": {
+            "job_started_at": _iso(job.started_at),
+            "prediction_created_at": _iso(prediction.created_at),
+            "prediction_started_at": _iso(prediction.started_at),
+            "prediction_completed_at": _iso(prediction.completed_at),
+            "predict_time_seconds": prediction.predict_time_seconds,
+        },
+        "outputs": [output.model_dump(mode="json", exclude={"job_id"}) for output in outputs],
+    }
+
+
+def _media_type(value: Any, head: bytes) -> str:
+    """Sniff the type; an address that names a picture must lead to one."""
+    if not _is_address(value):
+        return "text/plain" if isinstance(value, str) else "application/json"
+    found = sniff.media_type(head)
+    suffix = PurePosixPath(urlsplit(value).path).suffix.removeprefix(".").lower()
+    promised = suffix in ("png", "jpg", "jpeg", "webp", "gif", "avif")
+    if promised and found not in sniff.PICTURES:
+        raise _refused("invalid_output", "The output is not the picture that its name promises.")
+    return found
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("https:", "http:", "data:", "mock:"))
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, sha256
+
+
+def _forget(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _iso(at: datetime | None) -> str | None:
+    return at.isoformat().replace("+00:00", "Z") if at else None
+
+
+def _refused(code: str, message: str) -> ProviderError:
+    return ProviderError(FailureClass.PERMANENT, code, message)

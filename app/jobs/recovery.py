@@ -1,0 +1,180 @@
+"""What every worker does beside its jobs: says that it lives, and finds what others left behind.
+
+Each duty is a loop of its own, so that a broker or provider that hangs delays nothing else. All of
+them may run in any number of workers at once: every write is guarded or skips locked rows.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import UTC, datetime
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from app.errors import ProviderError
+from app.jobs.models import Attempt
+from app.jobs.repository import JobRepository, Lease, Settlement
+from app.providers.base import PredictionRequest, Provider
+
+BATCH = 500
+# Enough messages to keep workers busy until the next round; more would only pile up.
+QUEUE_TARGET = 1000
+# A create call that no list has shown after this long is taken for never received.
+ORPHAN_PATIENCE_SECONDS = 120.0
+LONGEST_PAUSE_SECONDS = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class Doorbell(Protocol):
+    """The broker, as the sweep sees it. Both methods block and may raise."""
+
+    def ring(self, job_ids: Sequence[UUID]) -> None:
+        """Publish one message per job."""
+        ...
+
+    def queue_length(self) -> int:
+        """Return how many messages wait."""
+        ...
+
+
+class Runs(Protocol):
+    """The runs of this process."""
+
+    def claimed(self) -> Collection[Lease]:
+        """Return the leases of runs that have claimed their job."""
+        ...
+
+    def job_ids(self) -> Collection[UUID]:
+        """Return the job of every run, claimed or about to."""
+        ...
+
+    def stop(self, lease: Lease) -> None:
+        """Stop the run that holds this lease; it writes nothing more."""
+        ...
+
+
+class Recovery:
+    """The heartbeat and the sweep of one worker."""
+
+    def __init__(
+        self,
+        repository: JobRepository,
+        provider: Provider,
+        doorbell: Doorbell,
+        runs: Runs,
+        *,
+        worker_id: UUID,
+        worker_name: str,
+        concurrency: int,
+        heartbeat_seconds: float,
+        lease_seconds: float,
+        sweep_seconds: float,
+    ) -> None:
+        self._repository = repository
+        self._provider = provider
+        self._doorbell = doorbell
+        self._runs = runs
+        self._worker_id = worker_id
+        self._worker_name = worker_name
+        self._concurrency = concurrency
+        self._heartbeat_seconds = heartbeat_seconds
+        self._lease_seconds = lease_seconds
+        self._sweep_seconds = sweep_seconds
+        self._lost: set[Lease] = set()
+
+    async def run(self) -> None:
+        """Do all duties for ever; cancel the task to end them."""
+        async with asyncio.TaskGroup() as duties:
+            duties.create_task(_every(self._heartbeat_seconds, self.heartbeat))
+            duties.create_task(_every(self._sweep_seconds, self.check_leases))
+            duties.create_task(_every(self._sweep_seconds, self.sweep))
+            duties.create_task(_every(self._sweep_seconds, self.ring_due))
+            duties.create_task(_every(self._sweep_seconds, self.stop_orphans))
+
+    async def heartbeat(self) -> None:
+        """Renew this worker's row, and with it the lease on all of its jobs."""
+        await self._repository.heartbeat(self._worker_id, self._worker_name, self._concurrency)
+
+    async def check_leases(self) -> None:
+        """Stop runs whose job was cancelled or taken over; free jobs that no run stands behind."""
+        claimed = self._runs.claimed()  # before the query: what is claimed now must be in it
+        owned = await self._repository.leases_of(self._worker_id)
+        lost = {lease for lease in claimed if owned.get(lease.job_id) != lease.token}
+        # Seen lost twice: a run that has just committed its own end is gone by then.
+        for lease in lost & self._lost:
+            log.info("run_stopped", job_id=str(lease.job_id))
+            self._runs.stop(lease)
+        self._lost = lost
+        running = set(self._runs.job_ids())
+        for job_id, token in owned.items():
+            if job_id not in running:
+                log.warning("job_abandoned", job_id=str(job_id))
+                await self._repository.release(Lease(job_id, token))
+
+    async def sweep(self) -> None:
+        """Finish cancels, fail what is past its deadline, free the jobs of silent workers."""
+        await self._repository.finish_cancels()
+        for job_id in await self._repository.expire(BATCH):
+            log.warning("job_expired", job_id=str(job_id))
+        freed = await self._repository.release_dead(self._lease_seconds)
+        if freed:
+            log.warning("jobs_taken_from_silent_worker", jobs=len(freed))
+
+    async def ring_due(self) -> None:
+        """Ring for jobs that are due and that nobody has picked up.
+
+        Never far beyond what the workers can take: the queue is only topped up.
+        """
+        waiting = await asyncio.to_thread(self._doorbell.queue_length)
+        room = min(BATCH, QUEUE_TARGET - waiting)
+        if room <= 0:
+            return
+        due = await self._repository.due(room)
+        if due:
+            await asyncio.to_thread(self._doorbell.ring, due)
+
+    async def stop_orphans(self) -> None:
+        """Stop predictions whose job has ended without them (cancelled, past its deadline)."""
+        for attempt in await self._repository.orphans(BATCH):
+            try:
+                await self._stop_orphan(attempt)
+            except ProviderError as error:
+                log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
+                return
+
+    async def _stop_orphan(self, attempt: Attempt) -> None:
+        ids = [attempt.prediction_id] if attempt.prediction_id else await self._find(attempt)
+        for prediction_id in ids:
+            await self._provider.cancel(prediction_id)
+            log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
+        age_seconds = (datetime.now(UTC) - attempt.created_at).total_seconds()
+        if ids or age_seconds > ORPHAN_PATIENCE_SECONDS:
+            outcome = "canceled" if ids else "absent"
+            await self._repository.settle_orphan(Settlement(attempt.id, outcome))
+
+    async def _find(self, attempt: Attempt) -> list[str]:
+        """Return the prediction of a create whose answer was lost, unless another job has it."""
+        request = PredictionRequest(attempt.model_name, attempt.input, 0)
+        found = await self._provider.find(request, attempt.created_at)
+        for prediction in found:
+            if await self._repository.adopt_orphan(attempt.id, prediction):
+                return [prediction.id]
+        return []
+
+
+async def _every(seconds: float, duty: Callable[[], Awaitable[None]]) -> None:
+    """Repeat a duty for ever; while it fails, with growing pauses."""
+    pause = seconds
+    while True:
+        try:
+            await duty()
+            pause = seconds
+        except Exception as error:
+            # The database or the broker is away, say: nothing here may end the worker.
+            pause = min(2 * pause, max(seconds, LONGEST_PAUSE_SECONDS))
+            log.warning(
+                "duty_failed", duty=duty.__name__, error=type(error).__name__, pause_seconds=pause
+            )
+        await asyncio.sleep(pause)

@@ -1,0 +1,602 @@
+"""Every SQL statement about jobs, and every change of a job's status.
+
+Each transition is one guarded UPDATE: it names the state it leaves and the lease token of the
+claim, so whoever comes second changes nothing and learns it (`LeaseLost`). All times are the
+database's.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import ColumnElement, Update, and_, delete, func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import SQLModel
+
+from app.db import Sessions
+from app.errors import LeaseLost
+from app.jobs.models import (
+    Attempt,
+    AttemptState,
+    Job,
+    JobPhase,
+    JobStatus,
+    Output,
+    Worker,
+)
+from app.providers.base import Prediction, PredictionRequest
+
+# A fresh job is rung by the API at once; the sweep rings only if that was lost.
+FIRST_RING_SECONDS = 5
+# How long the sweep leaves a rung job alone before it rings again.
+RING_AGAIN_SECONDS = 15
+# A create call begins within this time of its intent (see `Lifecycle`), or not at all.
+SUBMIT_WINDOW_SECONDS = 1.0
+
+# The tables' columns, typed for SQLAlchemy's expressions.
+jobs = SQLModel.metadata.tables["jobs"].c
+attempts = SQLModel.metadata.tables["attempts"].c
+outputs = SQLModel.metadata.tables["outputs"].c
+workers = SQLModel.metadata.tables["workers"].c
+counts = SQLModel.metadata.tables["job_counts"].c
+
+UNFINISHED = (JobStatus.PENDING, JobStatus.PROCESSING)
+TERMINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What a client may say about a job."""
+
+    prompt: str
+    model_name: str
+    parameters: Mapping[str, Any]
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to change one job, until another claim replaces the token."""
+
+    job_id: UUID
+    token: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claimed job with its open attempt, if an earlier owner left one."""
+
+    job: Job
+    lease: Lease
+    attempt: Attempt | None
+    attempt_age_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How an attempt ended, written in the same transaction as the job's next state."""
+
+    attempt_id: UUID
+    outcome: str
+    error_message: str | None = None
+    predict_time_seconds: float | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """The queue and the workers as of now; ages in seconds."""
+
+    jobs_by_status: dict[str, int]
+    oldest_due_age_seconds: float
+    workers: int
+    worker_slots: int
+
+
+class JobRepository:
+    """The jobs, in short transactions of their own; never held across a network call."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    # --- the client's side -------------------------------------------------------------------
+
+    async def add(self, new: NewJob, deadline_seconds: float) -> Job:
+        """Insert one pending job and commit it."""
+        statement = (
+            insert(Job)
+            .values(
+                prompt=new.prompt,
+                model_name=new.model_name,
+                parameters=dict(new.parameters),
+                request_id=new.request_id,
+                deadline_at=_in_seconds(deadline_seconds),
+                ring_at=_in_seconds(FIRST_RING_SECONDS),
+            )
+            .returning(Job)
+        )
+        async with self._sessions.begin() as session:
+            return (await session.execute(statement)).scalar_one()
+
+    async def get(self, job_id: UUID) -> Job | None:
+        """Return the job, or None."""
+        async with self._sessions() as session:
+            return await session.get(Job, job_id)
+
+    async def newest(
+        self,
+        *,
+        status: JobStatus | None = None,
+        limit: int,
+        offset: int = 0,
+        before: tuple[datetime, UUID] | None = None,
+    ) -> Sequence[Job]:
+        """Return a page of jobs, newest first; `before` is the last (created_at, id) seen."""
+        query = select(Job).order_by(jobs.created_at.desc(), jobs.id.desc())
+        if status is not None:
+            query = query.where(jobs.status == status)
+        if before is not None:
+            key = func.row(jobs.created_at, jobs.id)
+            query = query.where(key < func.row(*before))
+        async with self._sessions() as session:
+            return (await session.scalars(query.limit(limit).offset(offset))).all()
+
+    async def outputs(self, job_ids: Collection[UUID]) -> dict[UUID, list[Output]]:
+        """Return the outputs of these jobs in order; jobs without any are left out."""
+        query = (
+            select(Output)
+            .where(outputs.job_id.in_(job_ids))
+            .order_by(outputs.job_id, outputs.index)
+        )
+        found: dict[UUID, list[Output]] = defaultdict(list)
+        async with self._sessions() as session:
+            for output in await session.scalars(query):
+                found[output.job_id].append(output)
+        return found
+
+    async def output_named(self, name: str) -> Output | None:
+        """Return the output stored under this file name, or None."""
+        async with self._sessions() as session:
+            return await session.scalar(select(Output).where(outputs.name == name))
+
+    async def cancel(self, job_id: UUID) -> Job | None:
+        """Cancel the job, or ask for it while a create call may be under way.
+
+        Returns the job as it is afterwards, or None when there is no such job. It is
+        `cancelled` at once unless it is being submitted: then `cancel_requested_at` is set,
+        which stops any create that has not begun, and a call after `SUBMIT_WINDOW_SECONDS`
+        (or the sweep) finishes the cancel. So no create follows a confirmed cancel.
+        """
+        unfinished = and_(jobs.id == job_id, jobs.status.in_(UNFINISHED))
+        request = update(Job).where(unfinished).values(cancel_requested_at=_first_asked())
+        async with self._sessions.begin() as session:
+            job = await session.scalar(_finish_cancel(jobs.id == job_id))
+            if job is None:
+                job = await session.scalar(request.returning(Job))
+            return job or await session.get(Job, job_id)
+
+    async def check(self) -> None:
+        """Raise unless the database answers and has the schema."""
+        async with self._sessions() as session:
+            await session.execute(select(jobs.id).limit(1))
+
+    async def stats(self, lease_seconds: float) -> QueueStats:
+        """Return counts and ages; constant time, however many jobs there are."""
+        oldest = (
+            select(func.extract("epoch", func.now() - jobs.created_at))
+            .where(jobs.status == JobStatus.PENDING)
+            .order_by(jobs.created_at, jobs.id)
+            .limit(1)
+        )
+        alive = select(func.count(), func.coalesce(func.sum(workers.concurrency), 0)).where(
+            workers.heartbeat_at >= _in_seconds(-lease_seconds)
+        )
+        async with self._sessions() as session:
+            by_status = await _counts(session)
+            age = await session.scalar(oldest)
+            alive_count, slots = (await session.execute(alive)).one()
+        return QueueStats(by_status, float(age or 0), alive_count, slots)
+
+    async def count(self, status: JobStatus | None) -> int:
+        """Return how many jobs there are (of this status), from the trigger's counters."""
+        async with self._sessions() as session:
+            by_status = await _counts(session)
+        return by_status[status] if status else sum(by_status.values())
+
+    # --- the owner's side --------------------------------------------------------------------
+
+    async def claim(self, job_id: UUID, worker_id: UUID) -> Claim | None:
+        """Take an unowned job that is due, or return None: somebody has it, or it is over."""
+        token = uuid4()
+        statement = (
+            update(Job)
+            .where(
+                jobs.id == job_id,
+                jobs.status.in_(UNFINISHED),
+                jobs.worker_id.is_(None),
+                jobs.cancel_requested_at.is_(None),
+                or_(jobs.next_attempt_at.is_(None), jobs.next_attempt_at <= func.now()),
+            )
+            .values(
+                status=JobStatus.PROCESSING,
+                worker_id=worker_id,
+                lease_token=token,
+                next_attempt_at=None,
+                started_at=func.coalesce(jobs.started_at, func.now()),
+                updated_at=func.now(),
+            )
+            .returning(Job)
+        )
+        age = func.extract("epoch", func.now() - attempts.created_at)
+        open_attempt = select(Attempt, age).where(
+            attempts.job_id == job_id, attempts.state != AttemptState.SETTLED
+        )
+        async with self._sessions.begin() as session:
+            job = await session.scalar(statement)
+            if job is None:
+                return None
+            found = (await session.execute(open_attempt)).one_or_none()
+            attempt, age_seconds = found or (None, 0)
+            return Claim(job, Lease(job_id, token), attempt, float(age_seconds))
+
+    async def begin_attempt(
+        self, lease: Lease, provider: str, request: PredictionRequest
+    ) -> Attempt:
+        """Commit the intent to create a prediction; only after this may the call be made.
+
+        Raises: LeaseLost - also when a cancel has been asked for.
+        """
+        number = select(func.count() + 1).where(attempts.job_id == lease.job_id)
+        async with self._sessions.begin() as session:
+            await _expect(session, _guarded(lease).values(phase=JobPhase.SUBMITTING))
+            result = await session.execute(
+                insert(Attempt)
+                .values(
+                    job_id=lease.job_id,
+                    number=number.scalar_subquery(),
+                    provider=provider,
+                    model_name=request.model_name,
+                    input=request.input,
+                )
+                .returning(Attempt)
+            )
+            return result.scalar_one()
+
+    async def may_still_submit(self, lease: Lease) -> bool:
+        """Tell whether the create call of a committed intent may begin now.
+
+        Asked when more than `SUBMIT_WINDOW_SECONDS` have gone by since the intent (the process
+        was paused, say): by now a cancel may be confirmed or another worker in charge.
+        """
+        try:
+            async with self._sessions.begin() as session:
+                await _expect(session, _guarded(lease).values(phase=JobPhase.SUBMITTING))
+        except LeaseLost:
+            return False
+        return True
+
+    async def record_prediction(
+        self, lease: Lease, attempt_id: UUID, prediction: Prediction
+    ) -> bool:
+        """Commit the id of the attempt's prediction; False if another attempt has it already.
+
+        The id is kept even when a cancel came first: the sweep needs it to stop the prediction.
+        Raises: LeaseLost - the job is no longer ours, whether the id could be kept or not.
+        """
+        still_last_claim = (
+            select(jobs.id).where(jobs.id == lease.job_id, jobs.lease_token == lease.token).exists()
+        )
+        attempt = _submitted(attempt_id, prediction).where(still_last_claim)
+        job = _guarded(lease, cancelling=True).values(
+            phase=JobPhase.WAITING, external_job_id=prediction.id
+        )
+        try:
+            async with self._sessions.begin() as session:
+                ours = await session.scalar(job.returning(jobs.id))
+                await session.execute(attempt)
+        except IntegrityError:
+            return False
+        if ours is None:
+            raise LeaseLost
+        return True
+
+    async def begin_storing(self, lease: Lease) -> None:
+        """Note that the prediction has ended well and its outputs are being kept.
+
+        Raises: LeaseLost.
+        """
+        async with self._sessions.begin() as session:
+            await _expect(session, _guarded(lease).values(phase=JobPhase.STORING))
+
+    async def retry_later(
+        self,
+        lease: Lease,
+        *,
+        delay_seconds: float,
+        error_code: str,
+        error_message: str,
+        retries: int = 0,
+        throttles: int = 0,
+        settlement: Settlement | None = None,
+    ) -> None:
+        """processing -> pending, due again after the delay.
+
+        Raises: LeaseLost.
+        """
+        statement = _guarded(lease).values(
+            status=JobStatus.PENDING,
+            phase=None,
+            worker_id=None,
+            next_attempt_at=_in_seconds(delay_seconds),
+            ring_at=_in_seconds(delay_seconds),
+            retry_count=jobs.retry_count + retries,
+            throttle_count=jobs.throttle_count + throttles,
+            error_code=error_code,
+            error_message=error_message,
+        )
+        await self._finish(statement, settlement)
+
+    async def fail(
+        self,
+        lease: Lease,
+        *,
+        error_code: str,
+        error_message: str,
+        settlement: Settlement | None = None,
+    ) -> None:
+        """processing -> failed, with words that the client may read.
+
+        Raises: LeaseLost.
+        """
+        statement = _guarded(lease).values(
+            status=JobStatus.FAILED, error_code=error_code, error_message=error_message, **_ended()
+        )
+        await self._finish(statement, settlement)
+
+    async def complete(
+        self, lease: Lease, outputs: Sequence[Output], settlement: Settlement
+    ) -> None:
+        """processing -> completed, with its outputs; every file is already durable.
+
+        Raises: LeaseLost - also when a cancel has been asked for: a late success does not revive.
+        """
+        statement = _guarded(lease).values(
+            status=JobStatus.COMPLETED, error_code=None, error_message=None, **_ended()
+        )
+        rows = [output.model_dump() for output in outputs]
+        async with self._sessions.begin() as session:
+            await _expect(session, statement)
+            await session.execute(insert(Output), rows)
+            await session.execute(_settle(settlement))
+
+    async def _finish(self, statement: Update, settlement: Settlement | None) -> None:
+        async with self._sessions.begin() as session:
+            await _expect(session, statement)
+            if settlement is not None:
+                await session.execute(_settle(settlement))
+
+    # --- every worker's side: heartbeat and sweep ----------------------------------------------
+
+    async def heartbeat(self, worker_id: UUID, name: str, concurrency: int) -> None:
+        """Say that this worker lives."""
+        statement = (
+            upsert(Worker)
+            .values(id=worker_id, name=name, concurrency=concurrency)
+            .on_conflict_do_update(index_elements=["id"], set_={"heartbeat_at": func.now()})
+        )
+        async with self._sessions.begin() as session:
+            await session.execute(statement)
+
+    async def leases_of(self, worker_id: UUID) -> dict[UUID, UUID]:
+        """Return the token of every job this worker still owns."""
+        query = select(jobs.id, jobs.lease_token).where(
+            jobs.worker_id == worker_id, jobs.status == JobStatus.PROCESSING
+        )
+        async with self._sessions() as session:
+            return {job_id: token for job_id, token in await session.execute(query) if token}
+
+    async def release(self, lease: Lease) -> None:
+        """Give up one job; the sweep rings for it."""
+        condition = and_(jobs.id == lease.job_id, jobs.lease_token == lease.token)
+        async with self._sessions.begin() as session:
+            await session.execute(_release(condition))
+
+    async def hand_back(self, worker_id: UUID) -> Sequence[UUID]:
+        """Give up every job of a worker that is stopping; return their ids, to ring for."""
+        async with self._sessions.begin() as session:
+            ids = await session.scalars(_release(jobs.worker_id == worker_id))
+            await session.execute(delete(Worker).where(workers.id == worker_id))
+            return ids.all()
+
+    async def release_dead(self, lease_seconds: float) -> Sequence[UUID]:
+        """Free the jobs of workers that have been silent for longer than their lease."""
+        fresh = workers.heartbeat_at >= _in_seconds(-lease_seconds)
+        owner_lives = select(workers.id).where(workers.id == jobs.worker_id, fresh)
+        gone = workers.heartbeat_at < _in_seconds(-10 * lease_seconds)
+        async with self._sessions.begin() as session:
+            ids = await session.scalars(_release(~owner_lives.exists()))
+            await session.execute(delete(Worker).where(gone))
+            return ids.all()
+
+    async def due(self, limit: int) -> Sequence[UUID]:
+        """Return unowned jobs whose doorbell should ring now; each is left alone for a while."""
+        overdue = (
+            select(jobs.id)
+            .where(
+                jobs.worker_id.is_(None),
+                jobs.status.in_(UNFINISHED),
+                jobs.ring_at <= func.now(),
+            )
+            .order_by(jobs.ring_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        statement = (
+            update(Job)
+            .where(jobs.id.in_(overdue))
+            .values(ring_at=_in_seconds(RING_AGAIN_SECONDS))
+            .returning(jobs.id)
+        )
+        async with self._sessions.begin() as session:
+            return (await session.scalars(statement)).all()
+
+    async def expire(self, limit: int) -> Sequence[UUID]:
+        """Fail unfinished jobs that are past their deadline."""
+        late = (
+            select(jobs.id)
+            .where(jobs.status.in_(UNFINISHED), jobs.deadline_at <= func.now())
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        statement = (
+            update(Job)
+            .where(jobs.id.in_(late))
+            .values(
+                status=JobStatus.FAILED,
+                error_code="deadline_exceeded",
+                error_message="The job did not finish before its deadline.",
+                updated_at=func.now(),
+                **_ended(),
+            )
+            .returning(jobs.id)
+        )
+        async with self._sessions.begin() as session:
+            return (await session.scalars(statement)).all()
+
+    async def finish_cancels(self) -> None:
+        """Finish cancels whose API process went away while it waited."""
+        async with self._sessions.begin() as session:
+            await session.execute(_finish_cancel(jobs.cancel_requested_at.is_not(None)))
+
+    async def orphans(self, limit: int) -> Sequence[Attempt]:
+        """Return open attempts of jobs that have ended: their predictions should be stopped."""
+        query = (
+            select(Attempt)
+            .join(Job, jobs.id == attempts.job_id)
+            .where(attempts.state != AttemptState.SETTLED, jobs.status.in_(TERMINAL))
+            .order_by(attempts.created_at)
+            .limit(limit)
+        )
+        async with self._sessions() as session:
+            return (await session.scalars(query)).all()
+
+    async def adopt_orphan(self, attempt_id: UUID, prediction: Prediction) -> bool:
+        """Note the found prediction of an ended job; False if another attempt has it."""
+        try:
+            async with self._sessions.begin() as session:
+                await session.execute(_submitted(attempt_id, prediction))
+        except IntegrityError:
+            return False
+        return True
+
+    async def settle_orphan(self, settlement: Settlement) -> None:
+        """Close the attempt of a job that has ended."""
+        async with self._sessions.begin() as session:
+            await session.execute(_settle(settlement))
+
+
+async def _expect(session: AsyncSession, statement: Update) -> None:
+    """Run a guarded update; zero rows mean that the job is no longer ours."""
+    if await session.scalar(statement.returning(jobs.id)) is None:
+        raise LeaseLost
+
+
+async def _counts(session: AsyncSession) -> dict[str, int]:
+    query = select(counts.status, func.sum(counts.count)).group_by(counts.status)
+    by_status = dict.fromkeys((status.value for status in JobStatus), 0)
+    by_status.update({status: int(total) for status, total in await session.execute(query)})
+    return by_status
+
+
+def _guarded(lease: Lease, *, cancelling: bool = False) -> Update:
+    """Start an UPDATE that changes nothing unless the lease is the last claim's.
+
+    Once a cancel has been asked for, only what `cancelling` allows may still be written.
+    """
+    statement = update(Job).where(
+        jobs.id == lease.job_id,
+        jobs.status == JobStatus.PROCESSING,
+        jobs.lease_token == lease.token,
+    )
+    if not cancelling:
+        statement = statement.where(jobs.cancel_requested_at.is_(None))
+    return statement.values(updated_at=func.now())
+
+
+def _submitted(attempt_id: UUID, prediction: Prediction) -> Update:
+    return (
+        update(Attempt)
+        .where(attempts.id == attempt_id, attempts.state == AttemptState.INTENT)
+        .values(
+            state=AttemptState.SUBMITTED,
+            prediction_id=prediction.id,
+            version=prediction.version,
+            submitted_at=func.now(),
+        )
+    )
+
+
+def _settle(settlement: Settlement) -> Update:
+    return (
+        update(Attempt)
+        .where(attempts.id == settlement.attempt_id, attempts.state != AttemptState.SETTLED)
+        .values(
+            state=AttemptState.SETTLED,
+            outcome=settlement.outcome,
+            error_message=settlement.error_message,
+            predict_time_seconds=settlement.predict_time_seconds,
+            version=func.coalesce(settlement.version, attempts.version),
+            settled_at=func.now(),
+        )
+    )
+
+
+def _release(condition: ColumnElement[bool]) -> Any:
+    """Processing jobs stay `processing` without an owner: the next one resumes them."""
+    return (
+        update(Job)
+        .where(jobs.status == JobStatus.PROCESSING, jobs.worker_id.is_not(None), condition)
+        .values(worker_id=None, ring_at=func.now())
+        .returning(jobs.id)
+    )
+
+
+def _finish_cancel(condition: ColumnElement[bool]) -> Any:
+    """pending | processing -> cancelled, unless a create call may be just under way.
+
+    The phase is read from the job's own row, so a concurrent `begin_attempt` is seen: a
+    sub-query on attempts would be answered from the older snapshot.
+    """
+    no_create_under_way = or_(
+        jobs.status == JobStatus.PENDING,
+        jobs.phase.is_distinct_from(JobPhase.SUBMITTING),
+        jobs.cancel_requested_at <= _in_seconds(-SUBMIT_WINDOW_SECONDS),
+    )
+    return (
+        update(Job)
+        .where(condition, jobs.status.in_(UNFINISHED), no_create_under_way)
+        .values(
+            status=JobStatus.CANCELLED,
+            cancel_requested_at=_first_asked(),
+            updated_at=func.now(),
+            **_ended(),
+        )
+        .returning(Job)
+    )
+
+
+def _first_asked() -> ColumnElement[datetime]:
+    return func.coalesce(jobs.cancel_requested_at, func.now())
+
+
+def _ended() -> dict[str, Any]:
+    return {"phase": None, "worker_id": None, "next_attempt_at": None, "completed_at": func.now()}
+
+
+def _in_seconds(seconds: float) -> ColumnElement[datetime]:
+    return func.now() + timedelta(seconds=seconds)

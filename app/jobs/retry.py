@@ -1,0 +1,77 @@
+"""From a failure to a decision: pure functions, no clock and no database."""
+
+from dataclasses import dataclass
+
+from app.errors import FailureClass, ProviderError
+
+JITTER_SHARE = 0.1
+# Our own disk or database: soon, and as often as the job's deadline allows.
+INTERNAL_DELAY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how patiently; seconds."""
+
+    max_retries: int
+    backoff_factor: float
+    backoff_max_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try again after the delay; the two counts say what it costs."""
+
+    delay_seconds: float
+    retries: int = 0
+    throttles: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Give up."""
+
+
+Decision = Retry | Fail
+
+
+def decide(
+    error: ProviderError,
+    *,
+    retry_count: int,
+    throttle_count: int,
+    policy: RetryPolicy,
+    jitter: float,
+) -> Decision:
+    """Decide what follows from a failure.
+
+    `retry_count` and `throttle_count` are the job's counts so far, `jitter` is a random number
+    in [0, 1). AMBIGUOUS waits like a retry but does not count as one: it becomes one only when
+    the prediction turns out not to exist.
+    """
+    match error.failure_class:
+        case FailureClass.PERMANENT:
+            return Fail()
+        case FailureClass.TRANSIENT if retry_count >= policy.max_retries:
+            return Fail()
+        case FailureClass.TRANSIENT:
+            return Retry(backoff_seconds(retry_count + 1, policy, jitter), retries=1)
+        case FailureClass.THROTTLED:
+            asked = error.retry_after_seconds or backoff_seconds(throttle_count + 1, policy, 0)
+            return Retry(_jittered(asked, jitter), throttles=1)
+        case FailureClass.AMBIGUOUS:
+            return Retry(backoff_seconds(retry_count + 1, policy, jitter))
+        case FailureClass.INTERNAL:
+            return Retry(_jittered(INTERNAL_DELAY_SECONDS, jitter))
+
+
+def backoff_seconds(retry: int, policy: RetryPolicy, jitter: float) -> float:
+    """Return the wait before retry number `retry` (1, 2, ...): factor ** n, capped, plus jitter."""
+    # A large exponent would overflow a float long before it means anything.
+    exponential = policy.backoff_factor ** min(retry, 64)
+    return _jittered(min(exponential, policy.backoff_max_seconds), jitter)
+
+
+def _jittered(seconds: float, jitter: float) -> float:
+    """Add up to a tenth, never less: nobody comes back before the time that was promised."""
+    return seconds * (1 + JITTER_SHARE * jitter)

@@ -1,0 +1,104 @@
+"""What the service asks of a prediction service, in words that any of them can answer."""
+
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionRequest:
+    """One create call. `cancel_after_seconds` is the provider's own deadline for the run."""
+
+    model_name: str
+    input: dict[str, Any]
+    cancel_after_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One run at the provider, as last seen; `status` may be a word we do not know (yet)."""
+
+    id: str
+    status: str
+    model_name: str
+    input: dict[str, Any]
+    output: Any = None
+    error: str | None = None
+    version: str | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    predict_time_seconds: float | None = None
+    data_removed: bool = False
+
+    @property
+    def is_terminal(self) -> bool:
+        """True when the provider will never change it again."""
+        return self.status in TERMINAL_STATES
+
+
+class Provider(Protocol):
+    """A prediction service. Every method may raise `ProviderError`, classified by the adapter.
+
+    No method repeats a call by itself: a repeated create is a second bill.
+    """
+
+    name: str
+
+    async def create(self, request: PredictionRequest) -> Prediction:
+        """Start one prediction; may return it finished.
+
+        Raises: ProviderError - AMBIGUOUS whenever the provider may have accepted the call;
+        TRANSIENT, THROTTLED and PERMANENT only when it certainly has not.
+        """
+        ...
+
+    async def get(self, prediction_id: str) -> Prediction:
+        """Read one prediction.
+
+        Raises: PredictionNotFound; ProviderError(TRANSIENT | THROTTLED | PERMANENT).
+        """
+        ...
+
+    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
+        """Read many predictions with few calls; ids that could not be read now are left out.
+
+        Raises: ProviderError(TRANSIENT | THROTTLED | PERMANENT).
+        """
+        ...
+
+    async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
+        """Return the predictions of this model and exact input made since then, oldest first.
+
+        An empty list means that the provider has none. Raises: ProviderError when the
+        provider cannot say.
+        """
+        ...
+
+    async def cancel(self, prediction_id: str) -> None:
+        """Ask the provider to stop a prediction; one that has ended, or is unknown, is no error.
+
+        Raises: ProviderError(TRANSIENT | THROTTLED | PERMANENT).
+        """
+        ...
+
+    async def input_schema(self, model_name: str) -> dict[str, Any] | None:
+        """Return the model's input as a self-contained JSON Schema, or None when it has none.
+
+        Raises: ProviderError when it cannot be fetched now.
+        """
+        ...
+
+    def download(self, url: str) -> AsyncIterator[bytes]:
+        """Stream one output file in chunks, as the provider serves it.
+
+        Raises (while iterating): ProviderError - PERMANENT `output_expired` when it is gone.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        ...

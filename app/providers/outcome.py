@@ -1,0 +1,73 @@
+"""What an ended prediction means for the job: what it made, or why it made nothing."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from app.errors import FailureClass, ProviderError
+from app.providers.base import Prediction
+
+# Codes in a failed prediction's error text that name a fault of the platform, not of the input:
+# E1000 unknown, E6716 timeout starting (replicate.com/docs/reference/error-codes).
+PLATFORM_FAULT = re.compile(r"\bE(1000|6716)\b")
+MODERATION = re.compile(r"nsfw|flagged|sensitive|content policy|\bE005\b", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"\bE1001\b|out of memory", re.IGNORECASE)
+
+MESSAGE_CHARS = 500
+
+
+def raise_for_outcome(prediction: Prediction) -> None:
+    """Return only if the terminal prediction succeeded and its output is still there.
+
+    Raises: ProviderError - TRANSIENT where a new, separately paid prediction is worth it.
+    """
+    if prediction.status == "succeeded":
+        if prediction.output is None and prediction.data_removed:
+            raise ProviderError(
+                FailureClass.PERMANENT,
+                "output_expired",
+                "The provider deleted the output before it could be stored.",
+            )
+        return
+    raise _failure(prediction)
+
+
+def _failure(prediction: Prediction) -> ProviderError:
+    said = (prediction.error or "no reason given")[:MESSAGE_CHARS]
+    if prediction.status == "aborted":
+        return ProviderError(
+            FailureClass.TRANSIENT,
+            "prediction_aborted",
+            "The provider did not start the prediction in time.",
+        )
+    if prediction.status == "canceled":
+        return ProviderError(
+            FailureClass.PERMANENT,
+            "prediction_canceled",
+            "The prediction was canceled at the provider, or ran into its deadline.",
+        )
+    if MODERATION.search(said):
+        return ProviderError(FailureClass.PERMANENT, "content_policy", said)
+    if OUT_OF_MEMORY.search(said):
+        return ProviderError(FailureClass.PERMANENT, "out_of_memory", said)
+    if PLATFORM_FAULT.search(said):
+        return ProviderError(FailureClass.TRANSIENT, "prediction_failed", said)
+    return ProviderError(FailureClass.PERMANENT, "prediction_failed", said)
+
+
+def output_values(output: Any) -> Iterator[Any]:
+    """Yield every file or value in a prediction's output, in order.
+
+    An output may be nothing, one value, a list or an object of them, at any depth; what is
+    yielded are strings (URLs, data URLs or text) and other plain values.
+    """
+    if output is None:
+        return
+    if isinstance(output, list):
+        for item in output:
+            yield from output_values(item)
+    elif isinstance(output, dict):
+        for item in output.values():
+            yield from output_values(item)
+    else:
+        yield output

@@ -1,0 +1,46 @@
+"""Where outputs and their metadata live: one interface, whatever is behind it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+from uuid import UUID
+
+
+class Storage(Protocol):
+    """Keeps whole files under keys such as `media/{name}` and `metadata/{job_id}.json`.
+
+    A key either holds a whole, durable file or nothing; a second `put` of a key replaces it
+    atomically. Every method may raise `StorageError`.
+    """
+
+    workspace: Path
+    """A local folder for files being made; `put` may move from here without copying."""
+
+    async def put(self, key: str, path: Path) -> None:
+        """Make the local file `path` durable under `key`; `path` is gone afterwards."""
+        ...
+
+    async def size(self, key: str) -> int | None:
+        """Return the size in bytes, or None when there is no such key."""
+        ...
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """Stream `length` bytes (to the end when None) from byte `start`.
+
+        Raises (while iterating): FileNotFoundError when there is no such key; StorageError.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Raise StorageError unless a file can be written right now."""
+        ...
+
+
+def media_key(name: str) -> str:
+    """Return the key of an output file; `name` is `Output.name`."""
+    return f"media/{name}"
+
+
+def metadata_key(job_id: UUID) -> str:
+    """Return the key of a job's metadata document."""
+    return f"metadata/{job_id}.json"

@@ -1,0 +1,96 @@
+"""Storage in two local folders: the media and, beside it, the metadata."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from app.errors import StorageError
+
+CHUNK_BYTES = 1 << 20
+
+
+class LocalStorage:
+    """Files appear whole or not at all: written beside, flushed to disk, renamed into place."""
+
+    def __init__(self, media: Path, metadata: Path) -> None:
+        """Use (and make) the two folders.
+
+        Raises: StorageError when they cannot be made.
+        """
+        self._folders = {"media": media.resolve(), "metadata": metadata.resolve()}
+        # Inside the media folder, so that the rename never crosses file systems.
+        self.workspace = self._folders["media"] / ".incoming"
+        try:
+            for folder in (*self._folders.values(), self.workspace):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the storage folders: {error.strerror}") from error
+
+    async def put(self, key: str, path: Path) -> None:
+        """See `Storage.put`. The rename is the moment the file exists."""
+        try:
+            await asyncio.to_thread(_move_durably, path, self._path(key))
+        except OSError as error:
+            raise StorageError(f"cannot store {key}: {error.strerror}") from error
+
+    async def size(self, key: str) -> int | None:
+        """See `Storage.size`."""
+        try:
+            return (await asyncio.to_thread(self._path(key).stat)).st_size
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read {key}: {error.strerror}") from error
+
+    async def read(
+        self, key: str, start: int = 0, length: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """See `Storage.read`. Chunks of 1 MiB: each is one hop to a thread."""
+        file = await asyncio.to_thread(self._path(key).open, "rb")
+        try:
+            await asyncio.to_thread(file.seek, start)
+            left = length
+            while left is None or left > 0:
+                wanted = CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)
+                chunk = await asyncio.to_thread(file.read, wanted)
+                if not chunk:
+                    return
+                left = left - len(chunk) if left is not None else None
+                yield chunk
+        finally:
+            await asyncio.to_thread(file.close)
+
+    async def check(self) -> None:
+        """See `Storage.check`."""
+        try:
+            await asyncio.to_thread(_probe, self.workspace)
+        except OSError as error:
+            raise StorageError(f"storage is not writable: {error.strerror}") from error
+
+    def _path(self, key: str) -> Path:
+        folder, _, name = key.partition("/")
+        if folder not in self._folders or not name or "/" in name or name.startswith("."):
+            raise StorageError(f"not a storage key: {key!r}")
+        return self._folders[folder] / name
+
+
+def _move_durably(source: Path, target: Path) -> None:
+    """Rename only what is on the disk, then flush the folder: a power cut cannot tear it."""
+    _fsync(source)
+    source.replace(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _probe(folder: Path) -> None:
+    path = folder / f"probe-{os.getpid()}"
+    path.write_bytes(b"ok")
+    path.unlink()
