@@ -1,0 +1,66 @@
+"""The Celery application: every option of the broker and the worker, and why.
+
+`celery -A app.tasks.celery_app worker` needs no further options: pool and concurrency stand here.
+"""
+
+from typing import Any
+
+from celery import Celery
+from celery.signals import setup_logging
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
+
+from app.config import get_settings
+from app.logging import configure_logging
+
+settings = get_settings()
+
+# What `--without-gossip --without-mingle` does, for which there is no setting: workers have nothing
+# to tell each other, mingling costs a second at every start, and both keep the pub/sub connection
+# that has gone half-open unnoticed (celery issue 10502).
+Gossip.compatible_transports = Mingle.compatible_transports = set()
+
+celery_app = Celery("replicate-media-service", broker=settings.broker_url)
+celery_app.conf.update(
+    include=["app.tasks.generate"],
+    task_default_queue="generate",
+    # The database is the result. A backend is accepted because the documented configuration has
+    # one; nothing is ever written to it (a result write would make publishing wait for Redis).
+    result_backend=settings.celery_result_backend,
+    task_ignore_result=True,
+    # The message is only a doorbell: taken off the queue at once. What is lost with a worker is
+    # rung again by the sweep; redelivery by the broker would be a second, slower mechanism.
+    task_acks_late=False,
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    task_publish_retry=False,
+    # A task's thread only waits for the event loop, which does the work of every job.
+    worker_pool="threads",
+    worker_concurrency=settings.worker_concurrency,
+    # For Flower. Remote control stays off for the same reason as gossip; a job is cancelled
+    # through the API.
+    worker_send_task_events=True,
+    worker_enable_remote_control=False,
+    worker_hijack_root_logger=False,
+    worker_redirect_stdouts=False,
+    # A worker never gives up on its broker, and notices one that has gone silent: without a
+    # socket time-out kombu waits for ever.
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_transport_options={
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "global_keyprefix": "media:",
+    },
+    accept_content=["json"],
+    task_serializer="json",
+    timezone="UTC",
+)
+
+
+@setup_logging.connect
+def _use_our_logging(**_: Any) -> None:
+    """Celery configures no logging of its own when this signal has a receiver."""
+    configure_logging(settings.log_level)

@@ -1,0 +1,208 @@
+"""The event loop of a worker process, and everything that is bound to it."""
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Collection
+from concurrent.futures import Future
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+import structlog
+
+from app.config import Settings
+from app.db import create_engine, create_sessions
+from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
+from app.jobs.outputs import OutputKeeper
+from app.jobs.parameters import ParameterChecker
+from app.jobs.recovery import Recovery
+from app.jobs.repository import JobRepository, Lease
+from app.jobs.retry import RetryPolicy
+from app.jobs.watch import PredictionWatcher
+from app.providers import create_provider
+from app.storage import create_storage
+from app.tasks.doorbell import doorbell
+
+# From SIGTERM to the end: runs are stopped, jobs handed back, connections closed.
+STOP_SECONDS = 4.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    job_id: UUID
+    task: asyncio.Task[RunResult] | None = None
+    lease: Lease | None = None
+
+
+class RunRegistry:
+    """The runs of this process; touched on the event loop only."""
+
+    def __init__(self) -> None:
+        self._runs: set[_Run] = set()
+
+    def add(self, run: _Run) -> None:
+        """Note a run before it claims, so that its job never looks abandoned."""
+        self._runs.add(run)
+
+    def remove(self, run: _Run) -> None:
+        """Forget a run that has ended."""
+        self._runs.discard(run)
+
+    def claimed(self) -> Collection[Lease]:
+        """See `recovery.Runs`."""
+        return [run.lease for run in self._runs if run.lease]
+
+    def job_ids(self) -> Collection[UUID]:
+        """See `recovery.Runs`."""
+        return [run.job_id for run in self._runs]
+
+    def stop(self, lease: Lease) -> None:
+        """See `recovery.Runs`."""
+        for run in self._runs:
+            if run.lease == lease and run.task:
+                run.task.cancel()
+
+    async def stop_all(self) -> None:
+        """Stop every run; creates under way are given a moment to end."""
+        tasks = [run.task for run in self._runs if run.task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+
+
+class Runtime:
+    """Owns the loop's thread. Everything that does I/O is made on the loop, and closed there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._worker_id = uuid4()
+        self._runs = RunRegistry()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
+        self._background: set[asyncio.Task[None]] = set()
+        self._stopping: Future[None] | None = None
+
+    def start(self) -> None:
+        """Start the loop and open everything on it; raise if that fails."""
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    def begin_duties(self) -> None:
+        """Start heartbeat, sweep and poller: the worker takes part from now on."""
+        self._loop.call_soon_threadsafe(self._start_background)
+
+    def run(self, job_id: UUID) -> RunResult:
+        """Run a job on the loop and wait for it; called from any thread."""
+        return asyncio.run_coroutine_threadsafe(self._run(job_id), self._loop).result()
+
+    def begin_stop(self) -> None:
+        """Begin to stop all runs and hand their jobs back; returns at once (signal handler)."""
+        if self._stopping is None:
+            self._stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+
+    def close(self) -> None:
+        """Wait for the hand-back, then end the loop."""
+        self.begin_stop()
+        assert self._stopping is not None  # noqa: S101 - set by begin_stop
+        self._stopping.result(timeout=2 * STOP_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=STOP_SECONDS)
+
+    # --- on the loop -------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        settings = self._settings
+        self._engine = create_engine(settings)
+        self._repository = JobRepository(create_sessions(self._engine))
+        self._provider = create_provider(settings)
+        self._watcher = PredictionWatcher(self._provider, settings.poll_interval_seconds)
+        self._checker = ParameterChecker(self._provider.input_schema)
+        self._lifecycle = Lifecycle(
+            self._repository,
+            self._provider,
+            self._watcher,
+            OutputKeeper(
+                self._provider,
+                create_storage(settings),
+                max_bytes=settings.max_output_bytes,
+                max_pixels=settings.max_output_pixels,
+                deadline_seconds=settings.download_deadline_seconds,
+                concurrency=settings.download_concurrency,
+            ),
+            self._checker.knows,
+            _policy(settings),
+        )
+        self._recovery = Recovery(
+            self._repository,
+            self._provider,
+            doorbell,
+            self._runs,
+            worker_id=self._worker_id,
+            worker_name=f"{socket.gethostname()}:{os.getpid()}",
+            concurrency=settings.worker_concurrency,
+            heartbeat_seconds=settings.worker_heartbeat_seconds,
+            lease_seconds=settings.worker_lease_seconds,
+            sweep_seconds=settings.sweep_interval_seconds,
+        )
+
+    def _start_background(self) -> None:
+        for duty in (self._recovery.run(), self._watcher.run()):
+            self._background.add(asyncio.create_task(duty))
+
+    async def _run(self, job_id: UUID) -> RunResult:
+        if self._stopping is not None:
+            return RunResult(Outcome.SKIPPED)
+        run = _Run(job_id)
+        self._runs.add(run)
+        run.task = asyncio.create_task(self._run_job(run))
+        try:
+            return await run.task
+        except asyncio.CancelledError:
+            return RunResult(Outcome.SKIPPED)
+        except Exception:
+            # The database went away, most likely. The job is still ours by its row; the lease
+            # check sees that no run stands behind it and frees it.
+            log.exception("run_abandoned", job_id=str(job_id))
+            return RunResult(Outcome.SKIPPED)
+        finally:
+            self._runs.remove(run)
+
+    async def _run_job(self, run: _Run) -> RunResult:
+        def claimed(lease: Lease) -> None:
+            run.lease = lease
+
+        return await self._lifecycle.run(run.job_id, self._worker_id, claimed)
+
+    async def _stop(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await self._runs.stop_all()
+        try:
+            handed_back = await self._repository.hand_back(self._worker_id)
+            log.info("jobs_handed_back", jobs=len(handed_back))
+            if handed_back:
+                await asyncio.to_thread(doorbell.ring, handed_back)
+        except Exception as error:
+            # Database or broker away: the next worker takes the jobs when the lease is over.
+            log.warning("hand_back_failed", error=type(error).__name__)
+        await self._checker.aclose()
+        await self._provider.aclose()
+        await self._engine.dispose()
+
+
+def _policy(settings: Settings) -> LifecyclePolicy:
+    return LifecyclePolicy(
+        retry=RetryPolicy(
+            settings.max_retry_attempts,
+            settings.retry_backoff_factor,
+            settings.retry_backoff_max_seconds,
+        ),
+        prediction_deadline_seconds=settings.prediction_deadline_seconds,
+        reconcile_grace_seconds=settings.reconcile_grace_seconds,
+        reconcile_deadline_seconds=settings.reconcile_deadline_seconds,
+        on_unknown_outcome=settings.on_unknown_outcome,
+    )

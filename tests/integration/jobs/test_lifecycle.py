@@ -1,0 +1,385 @@
+"""One job's run against the double of Replicate: every outcome, and death at every step."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.config import Settings
+from app.jobs import lifecycle as module
+from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
+from app.jobs.models import Job, JobStatus
+from app.jobs.outputs import OutputKeeper
+from app.jobs.parameters import ParameterChecker
+from app.jobs.repository import JobRepository, NewJob
+from app.jobs.retry import RetryPolicy
+from app.jobs.watch import PredictionWatcher
+from app.providers.replicate import ReplicateProvider
+from app.storage import create_storage
+from tests.doubles.replicate_server import ReplicateServer
+
+pytestmark = pytest.mark.usefixtures("watching")
+
+
+class Died(BaseException):
+    """The process ends here: nothing after this line happens."""
+
+
+@dataclass
+class Parts:
+    """A worker's parts, with a retry that is due at once."""
+
+    repository: JobRepository
+    provider: ReplicateProvider
+    keeper: OutputKeeper
+    watcher: PredictionWatcher
+    lifecycle: Lifecycle
+    media: Path
+
+    async def add(self, **parameters: Any) -> UUID:
+        new = NewJob("a lighthouse", "acme/painter", parameters)
+        return (await self.repository.add(new, 60)).id
+
+    async def run(self, job_id: UUID) -> RunResult:
+        return await self.lifecycle.run(job_id, uuid4(), lambda _: None)
+
+    async def run_to_the_end(self, job_id: UUID) -> list[Outcome]:
+        """Run as often as the sweep would ring."""
+        outcomes = []
+        while not (await self.job(job_id)).status.is_terminal:
+            outcomes.append((await self.run(job_id)).outcome)
+            assert len(outcomes) < 20
+        return outcomes
+
+    async def job(self, job_id: UUID) -> Job:
+        job = await self.repository.get(job_id)
+        assert job is not None
+        return job
+
+    async def assert_stored(self, job_id: UUID) -> None:
+        """Row and files agree."""
+        [output] = (await self.repository.outputs([job_id]))[job_id]
+        data = (self.media / output.name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (output.size_bytes, output.sha256)
+        document = json.loads((self.media.parent / "metadata" / f"{job_id}.json").read_text())
+        assert document["job_id"] == str(job_id)
+        assert document["outputs"][0]["sha256"] == output.sha256
+        assert list((self.media / ".incoming").iterdir()) == []
+
+
+@pytest.fixture
+async def parts(
+    settings: Settings, repository: JobRepository, replicate: ReplicateServer
+) -> AsyncIterator[Parts]:
+    provider = ReplicateProvider(
+        replicate.token, replicate.origin, timeout_seconds=1, prefer_wait_seconds=1
+    )
+    watcher = PredictionWatcher(provider, 0.05)
+    keeper = OutputKeeper(
+        provider,
+        create_storage(settings),
+        max_bytes=10 << 20,
+        max_pixels=10_000_000,
+        deadline_seconds=5,
+        concurrency=4,
+    )
+    checker = ParameterChecker(provider.input_schema)
+    policy = LifecyclePolicy(
+        retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0),
+        prediction_deadline_seconds=60,
+        reconcile_grace_seconds=0,
+        reconcile_deadline_seconds=30,
+        on_unknown_outcome="fail",
+    )
+    lifecycle = Lifecycle(repository, provider, watcher, keeper, checker.knows, policy)
+    yield Parts(repository, provider, keeper, watcher, lifecycle, settings.storage_path)
+    await checker.aclose()
+    await provider.aclose()
+
+
+@pytest.fixture
+async def watching(parts: Parts) -> AsyncIterator[None]:
+    task = asyncio.create_task(parts.watcher.run())
+    yield
+    task.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _no_pause_for_own_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.jobs.retry.INTERNAL_DELAY_SECONDS", 0)
+
+
+class TestOutcomes:
+    async def test_a_prompt_becomes_a_stored_picture(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        job_id = await parts.add(width=96, height=64)
+        assert (await parts.run(job_id)).outcome is Outcome.COMPLETED
+        job = await parts.job(job_id)
+        [create] = replicate.creates()
+        assert (job.status, job.external_job_id) == (JobStatus.COMPLETED, create.id)
+        assert (job.error_code, job.retry_count) == (None, 0)
+        await parts.assert_stored(job_id)
+
+    async def test_the_input_is_the_clients_with_a_seed_of_ours(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        await parts.run(await parts.add(width=96, guidance_scale=3.5))
+        [create] = replicate.creates()
+        seed = create.input.pop("seed")
+        assert isinstance(seed, int)
+        assert create.input == {"prompt": "a lighthouse", "width": 96, "guidance_scale": 3.5}
+
+    async def test_a_clients_seed_is_kept(self, parts: Parts, replicate: ReplicateServer) -> None:
+        await parts.run(await parts.add(seed=7))
+        assert replicate.creates()[0].input["seed"] == 7
+
+    async def test_a_second_message_is_a_no_op(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        job_id = await parts.add()
+        results = await asyncio.gather(*(parts.run(job_id) for _ in range(5)))
+        assert sorted(result.outcome for result in results) == ["completed"] + ["skipped"] * 4
+        assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        assert len(replicate.creates()) == 1
+
+    async def test_a_slow_prediction_is_polled(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.configure(latency_seconds=1.5)
+        assert (await parts.run(await parts.add())).outcome is Outcome.COMPLETED
+        assert replicate.ledger().requests["get"] >= 1
+
+
+class TestFailures:
+    async def test_a_platform_fault_is_retried_with_a_new_prediction(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.push_fault("create", "fail", times=2)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry", "retry", "completed"]
+        assert (await parts.job(job_id)).retry_count == 2
+        assert len(replicate.creates()) == 3
+
+    async def test_retries_run_out(self, parts: Parts, replicate: ReplicateServer) -> None:
+        replicate.push_fault("create", "fail", times=None)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry"] * 3 + ["failed"]
+        job = await parts.job(job_id)
+        assert (job.retry_count, job.error_code) == (3, "prediction_failed")
+        assert len(replicate.creates()) == 4
+
+    @pytest.mark.parametrize(
+        ("status", "code"),
+        [
+            (400, "invalid_input"),
+            (401, "provider_auth"),
+            (402, "insufficient_credit"),
+            (404, "model_not_found"),
+            (422, "invalid_input"),
+        ],
+    )
+    async def test_a_refusal_is_final(
+        self, parts: Parts, replicate: ReplicateServer, status: int, code: str
+    ) -> None:
+        replicate.push_fault("create", "status", status=status, times=None)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["failed"]
+        assert (await parts.job(job_id)).error_code == code
+        assert replicate.ledger().requests["create"] == 1
+
+    async def test_moderation_is_final(self, parts: Parts, replicate: ReplicateServer) -> None:
+        replicate.push_fault("create", "fail", error="NSFW content detected", times=None)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["failed"]
+        job = await parts.job(job_id)
+        assert (job.error_code, job.error_message) == ("content_policy", "NSFW content detected")
+
+    async def test_throttling_costs_no_attempt(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.providers.replicate.RETRY_AFTER_BOUNDS", (0.01, 0.02))
+        replicate.push_fault("create", "status", status=429, times=5)
+        job_id = await parts.add()
+        await self._until_done(parts, job_id)
+        job = await parts.job(job_id)
+        assert (job.status, job.retry_count, job.throttle_count) == ("completed", 0, 5)
+
+    async def _until_done(self, parts: Parts, job_id: UUID) -> None:
+        while not (await parts.job(job_id)).status.is_terminal:
+            await parts.run(job_id)
+            await asyncio.sleep(0.02)
+
+    async def test_a_failed_download_is_repeated_not_the_prediction(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.push_fault("download", "status", status=503, times=4)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry"] * 4 + ["completed"]
+        assert (await parts.job(job_id)).retry_count == 0
+        assert len(replicate.creates()) == 1
+
+    async def test_a_full_disk_is_waited_for(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("app.storage.local._move_durably", full)
+            job_id = await parts.add()
+            result = await parts.run(job_id)
+            assert (result.outcome, result.error_code) == ("retry", "storage_unavailable")
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        assert len(replicate.creates()) == 1
+
+    async def test_a_bad_file_fails_with_words(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.push_fault("download", "truncate", times=None)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["failed"]
+        job = await parts.job(job_id)
+        assert (job.error_code, job.error_message) == ("invalid_output", "The picture is damaged.")
+        assert list(parts.media.glob("*.png")) == []
+
+
+class TestLostCreates:
+    @pytest.mark.parametrize("kind", ["accept_then_drop", "accept_then_status"])
+    async def test_an_accepted_create_without_an_answer_is_adopted(
+        self, parts: Parts, replicate: ReplicateServer, kind: str
+    ) -> None:
+        replicate.push_fault("create", kind)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry", "completed"]
+        assert len(replicate.creates()) == 1
+        assert (await parts.job(job_id)).retry_count == 0
+        await parts.assert_stored(job_id)
+
+    @pytest.mark.parametrize("kind", ["drop", "status"])
+    async def test_a_create_that_never_arrived_is_made_again_and_counts(
+        self, parts: Parts, replicate: ReplicateServer, kind: str
+    ) -> None:
+        replicate.push_fault("create", kind)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry", "retry", "completed"]
+        assert len(replicate.creates()) == 1
+        assert (await parts.job(job_id)).retry_count == 1
+
+    async def test_equal_jobs_do_not_share_a_prediction(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.push_fault("create", "accept_then_drop", times=4)
+        ids = [await parts.add(seed=5) for _ in range(8)]
+        await asyncio.gather(*(parts.run_to_the_end(job_id) for job_id in ids))
+        jobs = [await parts.job(job_id) for job_id in ids]
+        assert {job.status for job in jobs} == {JobStatus.COMPLETED}
+        assert len({job.external_job_id for job in jobs}) == 8
+        assert len(replicate.creates()) == 8
+
+    async def test_what_nobody_can_prove_is_not_paid_again(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.push_fault("create", "accept_then_drop")
+        replicate.push_fault("list", "status", status=404, times=None)
+        job_id = await parts.add()
+        assert (await parts.run_to_the_end(job_id))[-1] == "failed"
+        assert (await parts.job(job_id)).error_code == "provider_outcome_unknown"
+        assert len(replicate.creates()) == 1
+
+    async def test_unless_the_operator_wants_it(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        policy = parts.lifecycle._policy
+        fields = {name: getattr(policy, name) for name in policy.__slots__}
+        parts.lifecycle._policy = LifecyclePolicy(**{**fields, "on_unknown_outcome": "resubmit"})
+        replicate.push_fault("create", "accept_then_drop")
+        replicate.push_fault("list", "status", status=404, times=None)
+        job_id = await parts.add()
+        assert (await parts.run_to_the_end(job_id))[-1] == "completed"
+        assert len(replicate.creates()) == 2
+
+
+# Every step that changes something outside the process. The provider's ledger must show exactly one
+# create in the end, wherever the process dies, before the step or right after it.
+STEPS = [
+    "repository.claim",
+    "repository.begin_attempt",
+    "provider.create",
+    "repository.record_prediction",
+    "watcher.wait",
+    "repository.begin_storing",
+    "keeper._fetch",
+    "keeper._storage.put",
+    "keeper._put_metadata",
+    "repository.complete",
+]
+
+
+class TestDeath:
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    @pytest.mark.parametrize("step", STEPS)
+    async def test_the_next_owner_goes_on_and_pays_once(
+        self,
+        parts: Parts,
+        replicate: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        step: str,
+        moment: str,
+    ) -> None:
+        replicate.configure(latency_seconds=0.3)
+        monkeypatch.setattr(parts.provider, "_prefer_wait_seconds", 0)  # so that it must wait
+        job_id = await parts.add()
+        with monkeypatch.context() as patch:
+            died = _die(patch, parts, step, moment)
+            with pytest.raises(Died):
+                await parts.run(job_id)
+            assert died()
+        await parts.repository.release_dead(0)  # what the sweep does about a silent worker
+        await parts.run_to_the_end(job_id)
+        assert (await parts.job(job_id)).status is JobStatus.COMPLETED
+        assert len(replicate.creates()) == 1
+        await parts.assert_stored(job_id)
+
+
+def _die(patch: pytest.MonkeyPatch, parts: Parts, step: str, moment: str) -> Callable[[], bool]:
+    """Make the process die around one step; return whether it has."""
+    *path, name = step.split(".")
+    owner: Any = parts
+    for part in path:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    dead = []
+
+    async def dying(*args: Any, **kwargs: Any) -> Any:
+        if moment == "after":
+            await original(*args, **kwargs)
+        dead.append(True)
+        raise Died
+
+    patch.setattr(owner, name, dying)
+    return lambda: bool(dead)
+
+
+class TestPausedWorker:
+    async def test_no_create_follows_a_long_pause_after_a_cancel(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = await parts.add()
+        begin = parts.repository.begin_attempt
+
+        async def begin_then_pause(*args: Any) -> Any:
+            attempt = await begin(*args)
+            await parts.repository.cancel(job_id)
+            return attempt
+
+        monkeypatch.setattr(parts.repository, "begin_attempt", begin_then_pause)
+        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        assert replicate.creates() == []

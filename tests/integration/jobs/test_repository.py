@@ -1,0 +1,279 @@
+"""The guarded transitions, raced against each other on real PostgreSQL."""
+
+import asyncio
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.errors import LeaseLost
+from app.jobs import repository as module
+from app.jobs.models import Job, JobPhase, JobStatus, Output
+from app.jobs.repository import Claim, JobRepository, NewJob, Settlement
+from app.providers.base import Prediction, PredictionRequest
+
+REQUEST = PredictionRequest("a/b", {"prompt": "p", "seed": 1}, 60)
+WORKER = uuid4()
+
+
+async def add(repository: JobRepository, deadline_seconds: float = 60) -> UUID:
+    return (await repository.add(NewJob("p", "a/b", {"n": 1}), deadline_seconds)).id
+
+
+async def claimed(repository: JobRepository, worker_id: UUID = WORKER) -> Claim:
+    await repository.heartbeat(worker_id, "test", 1)
+    claim = await repository.claim(await add(repository), worker_id)
+    assert claim is not None
+    return claim
+
+
+async def reload(repository: JobRepository, job_id: UUID) -> Job:
+    job = await repository.get(job_id)
+    assert job is not None
+    return job
+
+
+def prediction(prediction_id: str = "p1", status: str = "succeeded") -> Prediction:
+    return Prediction(prediction_id, status, "a/b", REQUEST.input)
+
+
+def output(job_id: UUID) -> Output:
+    return Output(
+        job_id=job_id,
+        index=0,
+        name=f"{job_id}.png",
+        media_type="image/png",
+        size_bytes=1,
+        sha256="0" * 64,
+    )
+
+
+async def complete(repository: JobRepository, claim: Claim) -> None:
+    attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+    await repository.record_prediction(claim.lease, attempt.id, prediction(str(uuid4())))
+    settlement = Settlement(attempt.id, "succeeded", predict_time_seconds=1.5)
+    await repository.complete(claim.lease, [output(claim.job.id)], settlement)
+
+
+class TestClaim:
+    async def test_one_of_many_racing_workers_wins(self, repository: JobRepository) -> None:
+        ids = [await add(repository) for _ in range(10)]
+        claims = await asyncio.gather(
+            *(repository.claim(job_id, uuid4()) for job_id in ids for _ in range(5))
+        )
+        assert sorted(c.job.id for c in claims if c) == ids
+
+    async def test_sets_state_owner_and_start(self, repository: JobRepository) -> None:
+        claim = await claimed(repository)
+        job = await reload(repository, claim.job.id)
+        assert (job.status, job.worker_id) == (JobStatus.PROCESSING, WORKER)
+        assert job.started_at is not None
+        assert claim.attempt is None
+
+    async def test_an_unknown_job_is_not_claimed(self, repository: JobRepository) -> None:
+        assert await repository.claim(uuid4(), WORKER) is None
+
+    async def test_a_retry_is_not_claimed_before_it_is_due(self, repository: JobRepository) -> None:
+        claim = await claimed(repository)
+        await repository.retry_later(
+            claim.lease, delay_seconds=60, error_code="x", error_message="y", retries=1
+        )
+        assert await repository.claim(claim.job.id, WORKER) is None
+        job = await reload(repository, claim.job.id)
+        assert (job.status, job.retry_count, job.error_code) == (JobStatus.PENDING, 1, "x")
+        assert job.next_attempt_at is not None
+        assert job.next_attempt_at > datetime.now(UTC)
+
+    async def test_the_next_owner_gets_the_open_attempt(self, repository: JobRepository) -> None:
+        first = await claimed(repository)
+        attempt = await repository.begin_attempt(first.lease, "mock", REQUEST)
+        await repository.release(first.lease)
+        second = await repository.claim(first.job.id, uuid4())
+        assert second is not None
+        assert second.attempt is not None
+        assert second.attempt.id == attempt.id
+        assert second.attempt.input == REQUEST.input
+        assert 0 <= second.attempt_age_seconds < 10
+
+
+class TestLease:
+    async def test_a_replaced_lease_changes_nothing(self, repository: JobRepository) -> None:
+        old = await claimed(repository)
+        attempt = await repository.begin_attempt(old.lease, "mock", REQUEST)
+        await repository.release(old.lease)
+        new = await repository.claim(old.job.id, uuid4())
+        assert new is not None
+        before = (await reload(repository, old.job.id)).model_dump()
+        settlement = Settlement(attempt.id, "succeeded")
+        for late_write in (
+            repository.begin_attempt(old.lease, "mock", REQUEST),
+            repository.record_prediction(old.lease, attempt.id, prediction()),
+            repository.begin_storing(old.lease),
+            repository.complete(old.lease, [output(old.job.id)], settlement),
+            repository.fail(old.lease, error_code="x", error_message="y"),
+            repository.retry_later(old.lease, delay_seconds=0, error_code="x", error_message="y"),
+        ):
+            with pytest.raises(LeaseLost):
+                await late_write
+        assert not await repository.may_still_submit(old.lease)
+        assert (await reload(repository, old.job.id)).model_dump() == before
+        assert await repository.outputs([old.job.id]) == {}
+
+    async def test_completion_is_written_whole(self, repository: JobRepository) -> None:
+        claim = await claimed(repository)
+        await complete(repository, claim)
+        job = await reload(repository, claim.job.id)
+        assert job.status is JobStatus.COMPLETED
+        assert job.completed_at is not None
+        assert job.worker_id is None
+        stored = (await repository.outputs([job.id]))[job.id]
+        assert [found.name for found in stored] == [f"{job.id}.png"]
+        assert await repository.orphans(10) == []
+
+
+class TestPredictionIds:
+    async def test_a_prediction_is_not_shared(self, repository: JobRepository) -> None:
+        first, second = await claimed(repository), await claimed(repository)
+        for claim, kept in ((first, True), (second, False)):
+            attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+            assert await repository.record_prediction(claim.lease, attempt.id, prediction()) is kept
+        assert (await reload(repository, second.job.id)).external_job_id is None
+
+    async def test_the_id_is_kept_although_a_cancel_came_first(
+        self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        await repository.cancel(claim.job.id)
+        cancelled = await repository.cancel(claim.job.id)
+        assert cancelled is not None
+        assert cancelled.status is JobStatus.CANCELLED
+        with pytest.raises(LeaseLost):
+            await repository.record_prediction(claim.lease, attempt.id, prediction())
+        [orphan] = await repository.orphans(10)
+        assert orphan.prediction_id == "p1"
+
+
+class TestCancel:
+    async def test_a_pending_job_is_cancelled_at_once(self, repository: JobRepository) -> None:
+        job_id = await add(repository)
+        job = await repository.cancel(job_id)
+        assert job is not None
+        assert job.status is JobStatus.CANCELLED
+        assert await repository.claim(job_id, WORKER) is None
+
+    async def test_no_create_begins_after_it_was_asked_for(self, repository: JobRepository) -> None:
+        claim = await claimed(repository)
+        await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        job = await repository.cancel(claim.job.id)
+        assert job is not None
+        assert (job.status, job.phase) == (JobStatus.PROCESSING, JobPhase.SUBMITTING)
+        assert job.cancel_requested_at is not None
+        assert not await repository.may_still_submit(claim.lease)
+
+    async def test_a_waiting_job_is_cancelled_at_once_and_sticks(
+        self, repository: JobRepository
+    ) -> None:
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        await repository.record_prediction(claim.lease, attempt.id, prediction())
+        job = await repository.cancel(claim.job.id)
+        assert job is not None
+        assert job.status is JobStatus.CANCELLED
+        with pytest.raises(LeaseLost):
+            await repository.complete(
+                claim.lease, [output(job.id)], Settlement(attempt.id, "succeeded")
+            )
+        assert (await reload(repository, job.id)).status is JobStatus.CANCELLED
+
+    async def test_the_sweep_finishes_a_forgotten_cancel(
+        self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim = await claimed(repository)
+        await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        await repository.cancel(claim.job.id)
+        await repository.finish_cancels()
+        assert (await reload(repository, claim.job.id)).status is JobStatus.PROCESSING
+        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        await repository.finish_cancels()
+        assert (await reload(repository, claim.job.id)).status is JobStatus.CANCELLED
+
+    async def test_racing_with_completion_one_wins(self, repository: JobRepository) -> None:
+        for _ in range(20):
+            claim = await claimed(repository)
+            results = await asyncio.gather(
+                complete(repository, claim),
+                repository.cancel(claim.job.id),
+                return_exceptions=True,
+            )
+            job = await reload(repository, claim.job.id)
+            lost = isinstance(results[0], LeaseLost)
+            asked = job.cancel_requested_at is not None
+            assert lost == asked
+            assert (job.status is JobStatus.COMPLETED) == (not asked)
+
+
+class TestSweep:
+    async def test_fresh_jobs_are_left_to_the_api(self, repository: JobRepository) -> None:
+        await add(repository)
+        assert await repository.due(10) == []
+
+    async def test_a_due_job_is_rung_once_by_many_sweeps(
+        self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "FIRST_RING_SECONDS", -1)
+        ids = [await add(repository) for _ in range(20)]
+        rounds = await asyncio.gather(*(repository.due(20) for _ in range(5)))
+        assert sorted(job_id for due in rounds for job_id in due) == ids
+
+    async def test_jobs_of_a_silent_worker_are_freed(self, repository: JobRepository) -> None:
+        alive, silent = await claimed(repository), await claimed(repository, uuid4())
+        assert await repository.release_dead(60) == []
+        await asyncio.sleep(0.3)
+        await repository.heartbeat(WORKER, "test", 1)
+        assert await repository.release_dead(0.25) == [silent.job.id]
+        assert (await reload(repository, alive.job.id)).worker_id == WORKER
+        freed = await reload(repository, silent.job.id)
+        assert (freed.status, freed.worker_id) == (JobStatus.PROCESSING, None)
+        assert await repository.due(10) == [silent.job.id]
+
+    async def test_a_job_of_a_worker_without_a_row_is_freed(
+        self, repository: JobRepository
+    ) -> None:
+        job_id = await add(repository)
+        await repository.claim(job_id, uuid4())
+        assert await repository.release_dead(60) == [job_id]
+
+    async def test_jobs_past_their_deadline_fail(self, repository: JobRepository) -> None:
+        late, early = await add(repository, -1), await add(repository)
+        assert await repository.expire(10) == [late]
+        job = await reload(repository, late)
+        assert (job.status, job.error_code) == (JobStatus.FAILED, "deadline_exceeded")
+        assert (await reload(repository, early)).status is JobStatus.PENDING
+
+    async def test_hand_back_frees_all_and_forgets_the_worker(
+        self, repository: JobRepository
+    ) -> None:
+        mine = [await claimed(repository) for _ in range(3)]
+        other = await claimed(repository, uuid4())
+        handed_back = await repository.hand_back(WORKER)
+        assert sorted(handed_back) == [claim.job.id for claim in mine]
+        assert (await reload(repository, other.job.id)).worker_id is not None
+        assert (await repository.stats(60)).workers == 1
+
+
+class TestStats:
+    async def test_counts_ages_and_workers(self, repository: JobRepository) -> None:
+        await add(repository)
+        await complete(repository, await claimed(repository))
+        stats = await repository.stats(60)
+        assert stats.jobs_by_status == {
+            "pending": 1,
+            "processing": 0,
+            "completed": 1,
+            "failed": 0,
+            "cancelled": 0,
+        }
+        assert 0 < stats.oldest_due_age_seconds < 10
+        assert (stats.workers, stats.worker_slots) == (1, 1)
