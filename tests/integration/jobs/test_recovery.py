@@ -1,0 +1,203 @@
+"""What a worker does beside its jobs: heartbeat, sweep, lost leases and orphaned predictions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.jobs import recovery as module
+from app.jobs import repository as repository_module
+from app.jobs.models import JobStatus
+from app.jobs.recovery import Recovery
+from app.jobs.repository import Claim, JobRepository, Lease, NewJob
+from app.providers.base import PredictionRequest
+from app.providers.replicate import ReplicateProvider
+from tests.doubles.replicate_server import ReplicateServer
+
+REQUEST = PredictionRequest("acme/painter", {"prompt": "p", "seed": 1}, 60)
+
+
+@dataclass
+class RecordingDoorbell:
+    """Notes who was rung for; the queue is as long as the test says."""
+
+    length: int = 0
+    rung: list[UUID] = field(default_factory=list)
+
+    def ring(self, job_ids: Sequence[UUID]) -> None:
+        self.rung += job_ids
+
+    def queue_length(self) -> int:
+        return self.length
+
+
+@dataclass
+class FixedRuns:
+    """The runs that the test says there are."""
+
+    leases: list[Lease] = field(default_factory=list)
+    stopped: list[Lease] = field(default_factory=list)
+
+    def claimed(self) -> Collection[Lease]:
+        return self.leases
+
+    def job_ids(self) -> Collection[UUID]:
+        return [lease.job_id for lease in self.leases]
+
+    def stop(self, lease: Lease) -> None:
+        self.stopped.append(lease)
+
+
+@dataclass
+class Worker:
+    """One worker's recovery with what stands around it."""
+
+    id: UUID
+    recovery: Recovery
+    repository: JobRepository
+    provider: ReplicateProvider
+    doorbell: RecordingDoorbell
+    runs: FixedRuns
+
+    async def claim(self) -> Claim:
+        job = await self.repository.add(NewJob("p", "acme/painter", {}), 60)
+        claim = await self.repository.claim(job.id, self.id)
+        assert claim is not None
+        return claim
+
+    async def status(self, claim: Claim) -> JobStatus:
+        job = await self.repository.get(claim.job.id)
+        assert job is not None
+        return job.status
+
+
+@pytest.fixture
+async def worker(repository: JobRepository, replicate: ReplicateServer) -> AsyncIterator[Worker]:
+    provider = ReplicateProvider(
+        replicate.token, replicate.origin, timeout_seconds=2, prefer_wait_seconds=0
+    )
+    worker_id, doorbell, runs = uuid4(), RecordingDoorbell(), FixedRuns()
+    recovery = Recovery(
+        repository,
+        provider,
+        doorbell,
+        runs,
+        worker_id=worker_id,
+        worker_name="test",
+        concurrency=10,
+        heartbeat_seconds=0.05,
+        lease_seconds=30,
+        sweep_seconds=0.05,
+    )
+    yield Worker(worker_id, recovery, repository, provider, doorbell, runs)
+    await provider.aclose()
+
+
+class TestLeases:
+    async def test_a_run_whose_job_was_taken_is_stopped(self, worker: Worker) -> None:
+        claim = await worker.claim()
+        worker.runs.leases = [claim.lease]
+        await worker.recovery.check_leases()
+        await worker.repository.release(claim.lease)
+        await worker.repository.claim(claim.job.id, uuid4())
+        await worker.recovery.check_leases()
+        assert worker.runs.stopped == []  # it might just have ended by itself
+        await worker.recovery.check_leases()
+        assert worker.runs.stopped == [claim.lease]
+
+    async def test_a_run_that_owns_its_job_is_left_alone(self, worker: Worker) -> None:
+        worker.runs.leases = [(await worker.claim()).lease]
+        for _ in range(3):
+            await worker.recovery.check_leases()
+        assert worker.runs.stopped == []
+
+    async def test_a_job_without_a_run_is_freed(self, worker: Worker) -> None:
+        claim = await worker.claim()
+        await worker.recovery.check_leases()
+        assert await worker.repository.claim(claim.job.id, uuid4()) is not None
+
+
+class TestRinging:
+    @pytest.fixture(autouse=True)
+    def _due_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(repository_module, "FIRST_RING_SECONDS", -1)
+
+    async def test_due_jobs_are_rung_once(self, worker: Worker) -> None:
+        job = await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        await worker.recovery.ring_due()
+        await worker.recovery.ring_due()
+        assert worker.doorbell.rung == [job.id]
+
+    async def test_a_long_queue_is_not_made_longer(self, worker: Worker) -> None:
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        worker.doorbell.length = module.QUEUE_TARGET
+        await worker.recovery.ring_due()
+        assert worker.doorbell.rung == []
+
+    async def test_freed_jobs_of_a_dead_worker_are_rung(self, worker: Worker) -> None:
+        claim = await worker.claim()  # by a worker that has never said that it lives
+        await worker.recovery.sweep()
+        await worker.recovery.ring_due()
+        assert worker.doorbell.rung == [claim.job.id]
+
+
+class TestOrphans:
+    async def test_the_prediction_of_a_cancelled_job_is_cancelled(
+        self, worker: Worker, replicate: ReplicateServer
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
+        assert await worker.repository.orphans(10) == []
+
+    async def test_it_is_found_although_its_id_was_lost(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
+        assert await worker.repository.orphans(10) == []
+
+    async def test_one_that_never_was_is_given_up_in_time(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_orphans()
+        assert len(await worker.repository.orphans(10)) == 1
+        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
+        await worker.recovery.stop_orphans()
+        assert await worker.repository.orphans(10) == []
+        assert replicate.creates() == []
+
+
+async def test_the_duties_survive_failures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = []
+
+    async def failing() -> None:
+        failures.append(True)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(worker.repository, "finish_cancels", failing)
+    duties = asyncio.create_task(worker.recovery.run())
+    async with asyncio.timeout(5):
+        while len(failures) < 2 or not (await worker.repository.stats(30)).workers:
+            await asyncio.sleep(0.02)
+    assert not duties.done()
+    duties.cancel()
