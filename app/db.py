@@ -12,17 +12,20 @@ from app.config import Settings
 Sessions = async_sessionmaker[AsyncSession]
 
 
-def create_engine(settings: Settings) -> AsyncEngine:
-    """Make the engine of this process. It belongs to the event loop that first uses it.
+def create_engine(
+    settings: Settings, *, pool_size: int | None = None, pool_timeout_seconds: float = 3
+) -> AsyncEngine:
+    """Make an engine. It belongs to the event loop that first uses it.
 
-    Every wait is bounded (seconds), so that a database that is away or silent gives an error
-    instead of a hanging request: 3 to connect, 3 for a pooled connection, 4 for a statement.
+    Every wait is bounded, so that a database that is away or silent gives an error instead of
+    a hanging request: 3 seconds to connect, `pool_timeout_seconds` for a pooled connection, 4
+    for a statement. The pool is `DATABASE_POOL_SIZE` connections unless `pool_size` is given.
     """
     return create_async_engine(
         settings.async_database_url,
-        pool_size=settings.database_pool_size,
+        pool_size=pool_size or settings.database_pool_size,
         max_overflow=0,
-        pool_timeout=3,
+        pool_timeout=pool_timeout_seconds,
         pool_recycle=1800,
         hide_parameters=True,  # an error's text ends in a log, and prompts do not belong there
         connect_args={

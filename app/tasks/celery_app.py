@@ -9,6 +9,7 @@ from celery import Celery
 from celery.signals import setup_logging
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
+from celery.worker.control import Panel
 
 from app.config import get_settings
 from app.logging import configure_logging
@@ -16,9 +17,13 @@ from app.logging import configure_logging
 settings = get_settings()
 
 # What `--without-gossip --without-mingle` does, for which there is no setting: workers have nothing
-# to tell each other, mingling costs a second at every start, and both keep the pub/sub connection
-# that has gone half-open unnoticed (celery issue 10502).
+# to tell each other, and mingling costs a second at every start.
 Gossip.compatible_transports = Mingle.compatible_transports = set()
+
+# Flower may look at a worker but not revoke a task: workers remember a revoked id and would refuse
+# every later message for that job. A job is cancelled through the API, in the database.
+for command in ("revoke", "revoke_by_stamped_headers", "terminate"):
+    Panel.data.pop(command, None)
 
 celery_app = Celery("replicate-media-service", broker=settings.broker_url)
 celery_app.conf.update(
@@ -37,10 +42,7 @@ celery_app.conf.update(
     # A task's thread only waits for the event loop, which does the work of every job.
     worker_pool="threads",
     worker_concurrency=settings.worker_concurrency,
-    # For Flower. Remote control stays off for the same reason as gossip; a job is cancelled
-    # through the API.
-    worker_send_task_events=True,
-    worker_enable_remote_control=False,
+    worker_send_task_events=True,  # what Flower shows
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
     # A worker never gives up on its broker, and notices one that has gone silent: without a

@@ -26,6 +26,10 @@ from app.tasks.doorbell import doorbell
 
 # From SIGTERM to the end: runs are stopped, jobs handed back, connections closed.
 STOP_SECONDS = 4.0
+# A thousand jobs that wake at once queue for the pool, and have time.
+POOL_TIMEOUT_SECONDS = 60.0
+# Heartbeat and sweep have connections of their own: behind that queue they would look dead.
+DUTY_CONNECTIONS = 3
 
 log = structlog.get_logger(__name__)
 
@@ -116,13 +120,15 @@ class Runtime:
 
     async def _open(self) -> None:
         settings = self._settings
-        self._engine = create_engine(settings)
-        self._repository = JobRepository(create_sessions(self._engine))
+        jobs = create_engine(settings, pool_timeout_seconds=POOL_TIMEOUT_SECONDS)
+        duties = create_engine(settings, pool_size=DUTY_CONNECTIONS)
+        self._engines = (jobs, duties)
+        self._repository = JobRepository(create_sessions(duties))
         self._provider = create_provider(settings)
         self._watcher = PredictionWatcher(self._provider, settings.poll_interval_seconds)
         self._checker = ParameterChecker(self._provider.input_schema)
         self._lifecycle = Lifecycle(
-            self._repository,
+            JobRepository(create_sessions(jobs)),
             self._provider,
             self._watcher,
             OutputKeeper(
@@ -191,7 +197,8 @@ class Runtime:
             log.warning("hand_back_failed", error=type(error).__name__)
         await self._checker.aclose()
         await self._provider.aclose()
-        await self._engine.dispose()
+        for engine in self._engines:
+            await engine.dispose()
 
 
 def _policy(settings: Settings) -> LifecyclePolicy:
