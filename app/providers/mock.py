@@ -16,7 +16,7 @@ from app.providers import pictures
 from app.providers.base import Prediction, PredictionRequest
 
 PREFIX = "mock-"
-PROMPT_CHARS = 160  # what a picture can show
+PROMPT_CHARS = 200  # a little more than a picture can show
 STARTING_SHARE = 0.2  # of the whole delay
 TRANSIENT_SHARE = 0.8  # of the simulated failures; the others are final
 

@@ -44,7 +44,10 @@ def generate(task: Task[Any, Any], job_id: str) -> str:
 
 @worker_init.connect
 def _refuse_other_pools(sender: Any, **_: Any) -> None:
-    """A forked pool would wait for ever on an event loop that stayed in the parent."""
+    """A forked pool would wait for ever on an event loop that stayed in the parent.
+
+    (`--pool=prefork` is Celery's default, so it means `worker_pool` here.)
+    """
     if "thread" not in sender.pool_cls.__module__:
         raise SystemExit("This worker runs with --pool threads only (the default here).")
     runtime.start()
