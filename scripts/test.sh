@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Set up, check format, style, types, Docker files and locked requirements, then run every test on real servers.
+# Usage: scripts/test.sh [--faults] [pytest arguments]      (--faults: the fault scenarios at full size)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE # compiling at every start takes seconds
+
+if [ "${1:-}" = --faults ]; then
+    shift
+    export FAULTS=full
+fi
+
+step() {
+    local name=$1 begin=$SECONDS
+    shift
+    echo "== $name"
+    "$@" || { echo "== $name failed" >&2 && exit 1; }
+    echo "== $name: $((SECONDS - begin)) s"
+}
+
+step "set-up" ./scripts/bootstrap.sh --dev
+step "format" .venv/bin/python -m ruff format --check .
+step "style" .venv/bin/python -m ruff check .
+step "types" .venv/bin/python -m mypy
+step "Dockerfile" .venv/bin/hadolint Dockerfile
+step "compose file" .venv/bin/python -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+step "locked requirements" ./scripts/lock.sh --check
+echo "== tests"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
