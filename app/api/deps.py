@@ -1,0 +1,93 @@
+"""What the handlers work with: made once in the lifespan, found on the application's state."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Depends, Request
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from app.config import Settings
+from app.db import create_engine, create_sessions
+from app.errors import StorageError
+from app.jobs.parameters import ParameterChecker
+from app.jobs.repository import JobRepository
+from app.providers.base import Provider
+from app.storage import create_storage
+from app.storage.base import Storage
+from app.tasks.dispatcher import Dispatcher
+
+Ring = Callable[[Sequence[UUID]], None]
+
+# Shorter than the health check's own limit, so that the check ends by itself.
+REDIS_TIMEOUT_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that lives as long as the API process."""
+
+    settings: Settings
+    repository: JobRepository
+    storage: Storage
+    parameters: ParameterChecker
+    dispatcher: Dispatcher
+    redis: Redis
+
+
+async def get_services(request: Request) -> Services:
+    """Return what `open_services` made."""
+    services: Services = request.app.state.services
+    return services
+
+
+App = Annotated[Services, Depends(get_services)]
+
+
+@asynccontextmanager
+async def open_services(
+    settings: Settings, provider: Provider, ring: Ring
+) -> AsyncIterator[Services]:
+    """Make the services on the running loop; close them, and the provider, at the end.
+
+    Nothing is connected yet: the API starts, and says what is missing, while a server is away.
+    """
+    storage = _create_storage(settings)
+    engine = create_engine(settings)
+    redis = _create_redis(settings.redis_url)
+    repository = JobRepository(create_sessions(engine))
+    parameters = ParameterChecker(provider.input_schema)
+    dispatcher = Dispatcher(ring)
+    dispatcher.start()
+    try:
+        yield Services(settings, repository, storage, parameters, dispatcher, redis)
+    finally:
+        await dispatcher.stop()
+        await parameters.aclose()
+        await provider.aclose()
+        await redis.aclose()
+        await engine.dispose()
+
+
+def _create_storage(settings: Settings) -> Storage:
+    try:
+        return create_storage(settings)
+    except StorageError as error:
+        raise SystemExit(f"STORAGE_PATH: {error}") from error
+
+
+def _create_redis(url: str) -> Redis:
+    """For health checks: few connections, short waits, and no repeats hidden in the client."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=4,
+        timeout=REDIS_TIMEOUT_SECONDS,
+        socket_timeout=REDIS_TIMEOUT_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return Redis.from_pool(pool)

@@ -1,0 +1,28 @@
+"""Which format of the metrics a client wants."""
+
+import pytest
+
+from app.api.metrics import prefers_prometheus
+
+
+@pytest.mark.parametrize(
+    ("accept", "prometheus"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("application/json", False),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", False),
+        ("text/plain", True),
+        ("TEXT/PLAIN; version=0.0.4", True),
+        ("text/plain, */*;q=0.1", True),
+        ("text/plain, application/json", False),
+        ("text/plain;q=0.5, application/json", False),
+        ("text/plain, application/json;q=0.5", True),
+        ("application/openmetrics-text; version=1.0.0", True),
+        ("text/plain;q=0", False),
+        ("text/plain;q=x", False),
+        (",;,q=1;", False),
+    ],
+)
+def test_prefers_prometheus(accept: str, prometheus: bool) -> None:
+    assert prefers_prometheus(accept) is prometheus
