@@ -22,7 +22,7 @@ MOCK_TOKEN = "mock_token_for_demo"  # noqa: S105 - the documented value that sel
 def _postgres_url(value: str) -> str:
     try:
         backend = make_url(value).get_backend_name()
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         backend = ""
     if backend not in ("postgresql", "postgres"):
         raise ValueError("must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name")
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     celery_broker_url: RedisUrl | None = Field(None, repr=False)
     celery_result_backend: RedisUrl | None = Field(None, repr=False)
 
-    api_host: str = "0.0.0.0"  # noqa: S104 - the documented default; compose publishes to loopback
+    api_host: str = "0.0.0.0"  # noqa: S104 - the documented default: reachable, as in a container
     api_port: int = Field(8000, ge=1, le=65_535)
     api_debug: bool = False
     cors_origins: str = ""
@@ -95,8 +95,10 @@ class Settings(BaseSettings):
     reconcile_grace_seconds: float = Field(5, ge=0, le=600)
     reconcile_deadline_seconds: Seconds = 300
     on_unknown_outcome: Literal["fail", "resubmit"] = "fail"
+    queue_deadline_seconds: Seconds = 3600
     job_deadline_seconds: Seconds = 3600
-    prediction_deadline_seconds: float = Field(900, ge=5, le=86_400)
+    starting_deadline_seconds: float = Field(600, ge=5, le=86_400)
+    running_deadline_seconds: float = Field(300, ge=5, le=86_400)
     download_deadline_seconds: Seconds = 120
 
     worker_concurrency: int = Field(1000, ge=1, le=10_000)
@@ -150,7 +152,14 @@ class Settings(BaseSettings):
 
 
 def _with_driver(url: str, driver: str) -> str:
-    return make_url(url).set(drivername=driver).render_as_string(hide_password=False)
+    """Name the driver, and its own word for TLS: `ssl` for asyncpg, `sslmode` for psycopg."""
+    ours, other = ("ssl", "sslmode") if driver.endswith("asyncpg") else ("sslmode", "ssl")
+    parsed = make_url(url).set(drivername=driver)
+    if other in parsed.query:
+        parsed = parsed.update_query_dict({ours: parsed.query[other]}).difference_update_query(
+            [other]
+        )
+    return parsed.render_as_string(hide_password=False)
 
 
 @lru_cache

@@ -125,6 +125,7 @@ def upgrade() -> None:
         sa.Column("cancel_requested_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("retry_count", sa.SmallInteger(), nullable=False),
         sa.Column("throttle_count", sa.Integer(), nullable=False),
+        sa.Column("crash_count", sa.SmallInteger(), nullable=False),
         sa.Column("next_attempt_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ring_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("error_code", sa.Text(), nullable=True),
@@ -219,7 +220,14 @@ def upgrade() -> None:
         sa.Column("prediction_id", sa.Text(), nullable=True),
         sa.Column("version", sa.Text(), nullable=True),
         sa.Column("outcome", sa.Text(), nullable=True),
+        sa.Column("error_class", sa.Text(), nullable=True),
         sa.Column("error_message", sa.Text(), nullable=True),
+        sa.Column(
+            "charged",
+            sa.Enum("no", "yes", "unknown", name="charged", native_enum=False, length=16),
+            server_default="unknown",
+            nullable=False,
+        ),
         sa.Column("predict_time_seconds", sa.Float(), nullable=True),
         sa.Column(
             "created_at",
@@ -229,6 +237,7 @@ def upgrade() -> None:
         ),
         sa.Column("submitted_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("settled_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("charged IN ('no', 'yes', 'unknown')", name=op.f("ck_attempts_charged")),
         sa.CheckConstraint(
             "state IN ('intent', 'submitted', 'settled')", name=op.f("ck_attempts_state")
         ),

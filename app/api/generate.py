@@ -30,7 +30,7 @@ async def generate(
     """
     warnings = await app.parameters.check(body.model_name, body.parameters)
     new = NewJob(body.prompt, body.model_name, body.parameters, request.state.request_id)
-    job = await app.repository.add(new, app.settings.job_deadline_seconds)
+    job = await app.repository.add(new, app.settings.queue_deadline_seconds)
     app.dispatcher.enqueue(job.id)
     response.headers["Location"] = f"/api/v1/status/{job.id}"
     return CreatedJobView.of(job, [], app.settings.storage_base_url, warnings=warnings)

@@ -123,7 +123,9 @@ def _configuration(settings: Settings) -> dict[str, Any]:
             "max_body_bytes": settings.max_body_bytes,
             "max_output_bytes": settings.max_output_bytes,
             "max_output_pixels": settings.max_output_pixels,
+            "queue_deadline_seconds": settings.queue_deadline_seconds,
             "job_deadline_seconds": settings.job_deadline_seconds,
-            "prediction_deadline_seconds": settings.prediction_deadline_seconds,
+            "starting_deadline_seconds": settings.starting_deadline_seconds,
+            "running_deadline_seconds": settings.running_deadline_seconds,
         },
     }

@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -23,8 +23,14 @@ from uuid import UUID
 
 import structlog
 
-from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
-from app.jobs.models import Attempt, Job
+from app.errors import (
+    FailureClass,
+    LeaseLost,
+    PredictionNotFound,
+    ProviderError,
+    StorageError,
+)
+from app.jobs.models import Attempt, Charged, Job
 from app.jobs.outputs import OutputKeeper
 from app.jobs.repository import (
     SUBMIT_WINDOW_SECONDS,
@@ -76,7 +82,8 @@ class LifecyclePolicy:
     """What the settings say about a job's life; durations in seconds."""
 
     retry: RetryPolicy
-    prediction_deadline_seconds: float
+    job_deadline_seconds: float
+    cancel_after_seconds: float
     reconcile_grace_seconds: float
     reconcile_deadline_seconds: float
     on_unknown_outcome: Literal["fail", "resubmit"]
@@ -110,6 +117,7 @@ class Lifecycle:
         self._knows_parameter = knows_parameter
         self._policy = policy
         self._submitting = asyncio.Semaphore(SUBMIT_CONCURRENCY)
+        self._suspects = asyncio.Lock()
 
     async def run(
         self, job_id: UUID, worker_id: UUID, on_claim: Callable[[Lease], None]
@@ -119,7 +127,7 @@ class Lifecycle:
         From pending (or processing without an owner) to completed, failed, or pending again
         for a retry. Raises only when the database fails; the job then stays claimed.
         """
-        claim = await self._repository.claim(job_id, worker_id)
+        claim = await self._repository.claim(job_id, worker_id, self._policy.job_deadline_seconds)
         if claim is None:
             return RunResult(Outcome.SKIPPED)
         on_claim(claim.lease)
@@ -216,9 +224,7 @@ class Lifecycle:
         given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
         if given.get("seed") is None and await self._knows_parameter(job.model_name, "seed"):
             given["seed"] = secrets.randbelow(SEED_LIMIT)
-        return PredictionRequest(
-            job.model_name, given, round(self._policy.prediction_deadline_seconds)
-        )
+        return PredictionRequest(job.model_name, given, round(self._policy.cancel_after_seconds))
 
     # --- reconcile ---------------------------------------------------------------------------
 
@@ -247,7 +253,7 @@ class Lifecycle:
                 "create_lost",
                 "The provider never received the create call.",
             ),
-            Settlement(attempt.id, "absent"),
+            Settlement(attempt.id, "absent", Charged.NO),
         )
 
     def _give_up_if_unprovable(self, claim: Claim, attempt: Attempt, error: ProviderError) -> None:
@@ -263,7 +269,7 @@ class Lifecycle:
                 "The provider never said whether it accepted the prediction;"
                 " it was not submitted again, because it may have been paid.",
             ),
-            Settlement(attempt.id, "unknown", error.code),
+            Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class, error.message),
         ) from error
 
     # --- store and conclude ------------------------------------------------------------------
@@ -274,10 +280,12 @@ class Lifecycle:
         If we die anywhere in here, the next owner downloads again and writes the same files.
         """
         still_ours = partial(self._repository.begin_storing, claim.lease)
-        await still_ours()
-        with _ending(attempt, prediction, permanent_only=True):
-            outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours)
-        await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+        # A job whose worker crashed while storing is stored apart from the other suspects: so
+        # the one that kills its worker again is alone in being counted.
+        async with self._suspects if claim.job.crash_count else nullcontext():
+            with _ending(attempt, prediction, permanent_only=True):
+                outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours)
+            await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None
@@ -353,10 +361,27 @@ def _settlement(
     return Settlement(
         attempt.id,
         outcome=prediction.status if prediction else error.code if error else "unknown",
+        charged=_charged(prediction, error),
+        error_class=error.failure_class if error else None,
         error_message=error.message if error else None,
         predict_time_seconds=prediction.predict_time_seconds if prediction else None,
         version=prediction.version if prediction else None,
     )
+
+
+def _charged(prediction: Prediction | None, error: ProviderError | None) -> Charged:
+    """Tell whether a settled attempt costs anything.
+
+    A refused create does not, nor a prediction that never started (`aborted`); otherwise the
+    time run is billed, also of one that failed (replicate.com/docs/topics/billing).
+    """
+    if isinstance(error, PredictionNotFound):
+        return Charged.UNKNOWN
+    if prediction is None or prediction.status == "aborted":
+        return Charged.NO
+    if prediction.status == "succeeded" or prediction.predict_time_seconds:
+        return Charged.YES
+    return Charged.UNKNOWN
 
 
 def _uncounted(error: ProviderError) -> ProviderError:

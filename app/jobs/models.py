@@ -70,6 +70,14 @@ class AttemptState(StrEnum):
     SETTLED = "settled"  # the outcome is known; nothing more can come of it
 
 
+class Charged(StrEnum):
+    """Whether the provider bills an attempt, as far as anybody can tell."""
+
+    NO = "no"
+    YES = "yes"
+    UNKNOWN = "unknown"
+
+
 def _words(values: type[StrEnum]) -> Enum:
     """A VARCHAR that holds the enum's values: a PostgreSQL ENUM would outlive `downgrade`."""
     return Enum(
@@ -131,6 +139,7 @@ class Job(SQLModel, table=True):
 
     retry_count: int = Field(default=0, sa_type=SmallInteger)
     throttle_count: int = Field(default=0)
+    crash_count: int = Field(default=0, sa_type=SmallInteger)
     next_attempt_at: datetime | None = None
     ring_at: datetime
     error_code: str | None = Field(default=None, sa_type=Text)
@@ -147,6 +156,7 @@ class Attempt(SQLModel, table=True):
     __tablename__ = "attempts"
     __table_args__ = (
         CheckConstraint(_in("state", AttemptState), name="state"),
+        CheckConstraint(_in("charged", Charged), name="charged"),
         UniqueConstraint("job_id", "number"),
         UniqueConstraint("provider", "prediction_id"),
         # Never two open attempts for one job: whatever the code does, the database refuses.
@@ -168,7 +178,12 @@ class Attempt(SQLModel, table=True):
     prediction_id: str | None = Field(default=None, sa_type=Text)
     version: str | None = Field(default=None, sa_type=Text)
     outcome: str | None = Field(default=None, sa_type=Text)
+    error_class: str | None = Field(default=None, sa_type=Text)
     error_message: str | None = Field(default=None, sa_type=Text)
+    charged: Charged = Field(
+        default=Charged.UNKNOWN,
+        sa_column=Column(_words(Charged), nullable=False, server_default=Charged.UNKNOWN),
+    )
     predict_time_seconds: float | None = None
     created_at: datetime = Field(default=None, sa_column_kwargs={"server_default": func.now()})
     submitted_at: datetime | None = None

@@ -52,11 +52,12 @@ class OutputKeeper:
         job: Job,
         attempt: Attempt,
         prediction: Prediction,
-        before_put: Callable[[], Awaitable[None]],
+        checkpoint: Callable[[], Awaitable[None]],
     ) -> list[Output]:
         """Store every output and then the metadata document.
 
-        `before_put` is awaited before each write that others could see, and may raise to stop.
+        `checkpoint` is awaited before each download and before each write that others could
+        see, and may raise to stop.
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
@@ -68,15 +69,26 @@ class OutputKeeper:
         outputs = []
         for index, value in enumerate(values):
             async with self._downloads:
-                outputs.append(await self._keep_one(job.id, index, value, before_put))
+                outputs.append(await self._keep_one(job.id, index, value, checkpoint))
         document = metadata_document(job, attempt, prediction, outputs)
-        await self._put_metadata(job.id, document, before_put)
+        await self._put_metadata(job.id, document, checkpoint)
         return outputs
 
     async def _keep_one(
-        self, job_id: UUID, index: int, value: Any, before_put: Callable[[], Awaitable[None]]
+        self, job_id: UUID, index: int, value: Any, checkpoint: Callable[[], Awaitable[None]]
     ) -> Output:
+        await checkpoint()
         path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
+        try:
+            output = await self._make(job_id, index, value, path)
+            await checkpoint()
+            await self._storage.put(media_key(output.name), path)
+        finally:
+            await asyncio.to_thread(_forget, path)
+        return output
+
+    async def _make(self, job_id: UUID, index: int, value: Any, path: Path) -> Output:
+        """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 head = await self._fetch(value, path)
@@ -84,22 +96,17 @@ class OutputKeeper:
             width, height = await self._check(path, media_type)
             if width is not None:
                 media_type = sniff.PNG
-            name = output_name(job_id, index, media_type)
             size_bytes, sha256 = await asyncio.to_thread(_measure, path)
-            await before_put()
-            await self._storage.put(media_key(name), path)
         except TimeoutError as error:
             raise ProviderError(
                 FailureClass.TRANSIENT, "download_failed", "The download took too long."
             ) from error
         except OSError as error:
             raise StorageError(f"cannot write the download: {error.strerror}") from error
-        finally:
-            await asyncio.to_thread(_forget, path)
         return Output(
             job_id=job_id,
             index=index,
-            name=name,
+            name=output_name(job_id, index, media_type),
             media_type=media_type,
             size_bytes=size_bytes,
             sha256=sha256,
@@ -130,7 +137,7 @@ class OutputKeeper:
             async for chunk in self._provider.download(value):
                 yield chunk
         elif isinstance(value, str):
-            yield value.encode()
+            yield value.encode(errors="replace")  # JSON may hold half a surrogate pair
         else:
             yield json.dumps(value).encode()
 
@@ -146,16 +153,14 @@ class OutputKeeper:
                 raise _refused("invalid_output", str(error)) from error
 
     async def _put_metadata(
-        self, job_id: UUID, document: dict[str, Any], before_put: Callable[[], Awaitable[None]]
+        self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]
     ) -> None:
         path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         try:
-            await asyncio.to_thread(path.write_text, text, "utf-8")
-            await before_put()
+            await asyncio.to_thread(_write, path, text)
+            await checkpoint()
             await self._storage.put(metadata_key(job_id), path)
-        except OSError as error:
-            raise StorageError(f"cannot write the metadata: {error.strerror}") from error
         finally:
             await asyncio.to_thread(_forget, path)
 
@@ -201,11 +206,16 @@ def _media_type(value: Any, head: bytes) -> str:
     if not _is_address(value):
         return "text/plain" if isinstance(value, str) else "application/json"
     found = sniff.media_type(head)
-    suffix = PurePosixPath(urlsplit(value).path).suffix.removeprefix(".").lower()
-    promised = suffix in ("png", "jpg", "jpeg", "webp", "gif", "avif")
-    if promised and found not in sniff.PICTURES:
+    if _promises_picture(value) and found not in sniff.PICTURES:
         raise _refused("invalid_output", "The output is not the picture that its name promises.")
     return found
+
+
+def _promises_picture(address: str) -> bool:
+    if address.startswith("data:"):
+        return False  # and `urlsplit` would remember it: megabytes, 128 times
+    suffix = PurePosixPath(urlsplit(address).path).suffix.removeprefix(".").lower()
+    return suffix in ("png", "jpg", "jpeg", "webp", "gif", "avif")
 
 
 def _is_address(value: Any) -> bool:
@@ -216,6 +226,13 @@ def _measure(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return path.stat().st_size, sha256
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the metadata: {error.strerror}") from error
 
 
 def _forget(path: Path) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 import structlog
 
 from app.errors import ProviderError
-from app.jobs.models import Attempt
+from app.jobs.models import Attempt, Charged
 from app.jobs.repository import JobRepository, Lease, Settlement
 from app.providers.base import PredictionRequest, Provider
 
@@ -118,6 +118,8 @@ class Recovery:
         await self._repository.finish_cancels()
         for job_id in await self._repository.expire(BATCH):
             log.warning("job_expired", job_id=str(job_id))
+        for job_id in await self._repository.fail_poisoned(BATCH):
+            log.error("job_poisoned", job_id=str(job_id))
         freed = await self._repository.release_dead(self._lease_seconds)
         if freed:
             log.warning("jobs_taken_from_silent_worker", jobs=len(freed))
@@ -151,8 +153,8 @@ class Recovery:
             log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
         age_seconds = (datetime.now(UTC) - attempt.created_at).total_seconds()
         if ids or age_seconds > ORPHAN_PATIENCE_SECONDS:
-            outcome = "canceled" if ids else "absent"
-            await self._repository.settle_orphan(Settlement(attempt.id, outcome))
+            outcome, charged = ("canceled", Charged.UNKNOWN) if ids else ("absent", Charged.NO)
+            await self._repository.settle_orphan(Settlement(attempt.id, outcome, charged))
 
     async def _find(self, attempt: Attempt) -> list[str]:
         """Return the prediction of a create whose answer was lost, unless another job has it."""

@@ -12,17 +12,18 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Update, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import SQLModel
 
 from app.db import Sessions
-from app.errors import LeaseLost
+from app.errors import FailureClass, LeaseLost
 from app.jobs.models import (
     Attempt,
     AttemptState,
+    Charged,
     Job,
     JobPhase,
     JobStatus,
@@ -44,6 +45,8 @@ attempts = SQLModel.metadata.tables["attempts"].c
 outputs = SQLModel.metadata.tables["outputs"].c
 workers = SQLModel.metadata.tables["workers"].c
 counts = SQLModel.metadata.tables["job_counts"].c
+
+MAX_CRASHES = 3
 
 UNFINISHED = (JobStatus.PENDING, JobStatus.PROCESSING)
 TERMINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -83,6 +86,8 @@ class Settlement:
 
     attempt_id: UUID
     outcome: str
+    charged: Charged
+    error_class: FailureClass | None = None
     error_message: str | None = None
     predict_time_seconds: float | None = None
     version: str | None = None
@@ -106,8 +111,8 @@ class JobRepository:
 
     # --- the client's side -------------------------------------------------------------------
 
-    async def add(self, new: NewJob, deadline_seconds: float) -> Job:
-        """Insert one pending job and commit it."""
+    async def add(self, new: NewJob, queue_deadline_seconds: float) -> Job:
+        """Insert one pending job and commit it; it fails unless it is begun in time."""
         statement = (
             insert(Job)
             .values(
@@ -115,7 +120,7 @@ class JobRepository:
                 model_name=new.model_name,
                 parameters=dict(new.parameters),
                 request_id=new.request_id,
-                deadline_at=_in_seconds(deadline_seconds),
+                deadline_at=_in_seconds(queue_deadline_seconds),
                 ring_at=_in_seconds(FIRST_RING_SECONDS),
             )
             .returning(Job)
@@ -158,6 +163,12 @@ class JobRepository:
             for output in await session.scalars(query):
                 found[output.job_id].append(output)
         return found
+
+    async def attempts(self, job_id: UUID) -> Sequence[Attempt]:
+        """Return the job's attempts in order: every create call that may have been made."""
+        query = select(Attempt).where(attempts.job_id == job_id).order_by(attempts.number)
+        async with self._sessions() as session:
+            return (await session.scalars(query)).all()
 
     async def output_named(self, name: str) -> Output | None:
         """Return the output stored under this file name, or None."""
@@ -210,8 +221,13 @@ class JobRepository:
 
     # --- the owner's side --------------------------------------------------------------------
 
-    async def claim(self, job_id: UUID, worker_id: UUID) -> Claim | None:
-        """Take an unowned job that is due, or return None: somebody has it, or it is over."""
+    async def claim(
+        self, job_id: UUID, worker_id: UUID, job_deadline_seconds: float
+    ) -> Claim | None:
+        """Take an unowned job that is due, or return None: somebody has it, or it is over.
+
+        The first claim begins the job: from now on `job_deadline_seconds` count.
+        """
         token = uuid4()
         statement = (
             update(Job)
@@ -227,6 +243,10 @@ class JobRepository:
                 worker_id=worker_id,
                 lease_token=token,
                 next_attempt_at=None,
+                deadline_at=case(
+                    (jobs.started_at.is_(None), _in_seconds(job_deadline_seconds)),
+                    else_=jobs.deadline_at,
+                ),
                 started_at=func.coalesce(jobs.started_at, func.now()),
                 updated_at=func.now(),
             )
@@ -414,12 +434,16 @@ class JobRepository:
             return ids.all()
 
     async def release_dead(self, lease_seconds: float) -> Sequence[UUID]:
-        """Free the jobs of workers that have been silent for longer than their lease."""
+        """Free the jobs of workers that have been silent for longer than their lease.
+
+        A job that was being stored counts the crash: decoding a file is what may have been its
+        cause. `fail_poisoned` ends the job that was there each time.
+        """
         fresh = workers.heartbeat_at >= _in_seconds(-lease_seconds)
         owner_lives = select(workers.id).where(workers.id == jobs.worker_id, fresh)
         gone = workers.heartbeat_at < _in_seconds(-10 * lease_seconds)
         async with self._sessions.begin() as session:
-            ids = await session.scalars(_release(~owner_lives.exists()))
+            ids = await session.scalars(_release(~owner_lives.exists(), crashed=True))
             await session.execute(delete(Worker).where(gone))
             return ids.all()
 
@@ -447,19 +471,41 @@ class JobRepository:
 
     async def expire(self, limit: int) -> Sequence[UUID]:
         """Fail unfinished jobs that are past their deadline."""
-        late = (
+        late = jobs.deadline_at <= func.now()
+        queued = await self._fail_all(
+            and_(late, jobs.started_at.is_(None)),
+            limit,
+            "queue_deadline_exceeded",
+            "No worker began the job before its deadline.",
+        )
+        begun = await self._fail_all(
+            late, limit, "deadline_exceeded", "The job did not finish before its deadline."
+        )
+        return [*queued, *begun]
+
+    async def fail_poisoned(self, limit: int) -> Sequence[UUID]:
+        """Fail unowned jobs whose worker crashed `MAX_CRASHES` times while storing them."""
+        poisoned = and_(jobs.worker_id.is_(None), jobs.crash_count >= MAX_CRASHES)
+        return await self._fail_all(
+            poisoned, limit, "poisoned", "Storing the output crashed the worker each time."
+        )
+
+    async def _fail_all(
+        self, condition: ColumnElement[bool], limit: int, code: str, message: str
+    ) -> Sequence[UUID]:
+        found = (
             select(jobs.id)
-            .where(jobs.status.in_(UNFINISHED), jobs.deadline_at <= func.now())
+            .where(jobs.status.in_(UNFINISHED), condition)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
         statement = (
             update(Job)
-            .where(jobs.id.in_(late))
+            .where(jobs.id.in_(found))
             .values(
                 status=JobStatus.FAILED,
-                error_code="deadline_exceeded",
-                error_message="The job did not finish before its deadline.",
+                error_code=code,
+                error_message=message,
                 updated_at=func.now(),
                 **_ended(),
             )
@@ -548,6 +594,8 @@ def _settle(settlement: Settlement) -> Update:
         .values(
             state=AttemptState.SETTLED,
             outcome=settlement.outcome,
+            charged=settlement.charged,
+            error_class=settlement.error_class,
             error_message=settlement.error_message,
             predict_time_seconds=settlement.predict_time_seconds,
             version=func.coalesce(settlement.version, attempts.version),
@@ -556,12 +604,13 @@ def _settle(settlement: Settlement) -> Update:
     )
 
 
-def _release(condition: ColumnElement[bool]) -> Any:
+def _release(condition: ColumnElement[bool], *, crashed: bool = False) -> Any:
     """Processing jobs stay `processing` without an owner: the next one resumes them."""
+    was_storing = case((jobs.phase == JobPhase.STORING, 1), else_=0) if crashed else 0
     return (
         update(Job)
         .where(jobs.status == JobStatus.PROCESSING, jobs.worker_id.is_not(None), condition)
-        .values(worker_id=None, ring_at=func.now())
+        .values(worker_id=None, ring_at=func.now(), crash_count=jobs.crash_count + was_storing)
         .returning(jobs.id)
     )
 

@@ -125,7 +125,12 @@ class Runtime:
         self._engines = (jobs, duties)
         self._repository = JobRepository(create_sessions(duties))
         self._provider = create_provider(settings)
-        self._watcher = PredictionWatcher(self._provider, settings.poll_interval_seconds)
+        self._watcher = PredictionWatcher(
+            self._provider,
+            interval_seconds=settings.poll_interval_seconds,
+            starting_seconds=settings.starting_deadline_seconds,
+            running_seconds=settings.running_deadline_seconds,
+        )
         self._checker = ParameterChecker(self._provider.input_schema)
         self._lifecycle = Lifecycle(
             JobRepository(create_sessions(jobs)),
@@ -208,7 +213,10 @@ def _policy(settings: Settings) -> LifecyclePolicy:
             settings.retry_backoff_factor,
             settings.retry_backoff_max_seconds,
         ),
-        prediction_deadline_seconds=settings.prediction_deadline_seconds,
+        job_deadline_seconds=settings.job_deadline_seconds,
+        cancel_after_seconds=(
+            settings.starting_deadline_seconds + settings.running_deadline_seconds
+        ),
         reconcile_grace_seconds=settings.reconcile_grace_seconds,
         reconcile_deadline_seconds=settings.reconcile_deadline_seconds,
         on_unknown_outcome=settings.on_unknown_outcome,

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -46,6 +46,9 @@ class Parts:
         new = NewJob("a lighthouse", "acme/painter", parameters)
         return (await self.repository.add(new, 60)).id
 
+    def change_policy(self, **changes: Any) -> None:
+        self.lifecycle._policy = replace(self.lifecycle._policy, **changes)
+
     async def run(self, job_id: UUID) -> RunResult:
         return await self.lifecycle.run(job_id, uuid4(), lambda _: None)
 
@@ -80,7 +83,9 @@ async def parts(
     provider = ReplicateProvider(
         replicate.token, replicate.origin, timeout_seconds=1, prefer_wait_seconds=1
     )
-    watcher = PredictionWatcher(provider, 0.05)
+    watcher = PredictionWatcher(
+        provider, interval_seconds=0.05, starting_seconds=30, running_seconds=30
+    )
     keeper = OutputKeeper(
         provider,
         create_storage(settings),
@@ -92,7 +97,8 @@ async def parts(
     checker = ParameterChecker(provider.input_schema)
     policy = LifecyclePolicy(
         retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0),
-        prediction_deadline_seconds=60,
+        job_deadline_seconds=60,
+        cancel_after_seconds=60,
         reconcile_grace_seconds=0,
         reconcile_deadline_seconds=30,
         on_unknown_outcome="fail",
@@ -286,9 +292,12 @@ class TestLostCreates:
     async def test_what_nobody_can_prove_is_not_paid_again(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
+        parts.change_policy(reconcile_deadline_seconds=0.2)
         replicate.push_fault("create", "accept_then_drop")
-        replicate.push_fault("list", "status", status=404, times=None)
+        replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()
+        assert await parts.run(job_id) == RunResult(Outcome.RETRY, "provider_no_answer", 0)
+        await asyncio.sleep(0.3)
         assert (await parts.run_to_the_end(job_id))[-1] == "failed"
         assert (await parts.job(job_id)).error_code == "provider_outcome_unknown"
         assert len(replicate.creates()) == 1
@@ -296,11 +305,9 @@ class TestLostCreates:
     async def test_unless_the_operator_wants_it(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
-        policy = parts.lifecycle._policy
-        fields = {name: getattr(policy, name) for name in policy.__slots__}
-        parts.lifecycle._policy = LifecyclePolicy(**{**fields, "on_unknown_outcome": "resubmit"})
+        parts.change_policy(reconcile_deadline_seconds=0.1, on_unknown_outcome="resubmit")
         replicate.push_fault("create", "accept_then_drop")
-        replicate.push_fault("list", "status", status=404, times=None)
+        replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()
         assert (await parts.run_to_the_end(job_id))[-1] == "completed"
         assert len(replicate.creates()) == 2
@@ -383,3 +390,37 @@ class TestPausedWorker:
         monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
         assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
         assert replicate.creates() == []
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize("stuck_in", ["starting", "processing", "meditating"])
+    async def test_an_overdue_prediction_is_cancelled(
+        self, parts: Parts, replicate: ReplicateServer, stuck_in: str
+    ) -> None:
+        replicate.push_fault("create", "status_sequence", sequence=[[0, stuck_in]], times=None)
+        parts.watcher._starting_seconds = parts.watcher._running_seconds = 0.2
+        job_id = await parts.add()
+        await parts.run(job_id)
+        [create, *_] = replicate.creates()
+        assert create.cancel_calls
+        job = await parts.job(job_id)
+        assert job.error_code in ("prediction_canceled", "prediction_aborted")
+
+    async def test_one_that_cannot_be_ended_is_given_up_with_words(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.jobs.watch.CANCEL_GRACE_SECONDS", 0.2)
+        replicate.push_fault("cancel", "status", status=404, times=None)
+        replicate.configure(latency_seconds=60)
+        parts.watcher._running_seconds = 0.2
+        job_id = await parts.add()
+        assert (await parts.run(job_id)).outcome is Outcome.FAILED
+        job = await parts.job(job_id)
+        assert job.error_code == "prediction_deadline_exceeded"
+        assert job.error_message == "The prediction neither ended in time nor could be canceled."
+
+    async def test_the_provider_is_told_the_deadline(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        await parts.run(await parts.add())
+        assert replicate.creates()[0].headers["cancel-after"] == "60s"

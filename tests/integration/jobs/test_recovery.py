@@ -63,7 +63,7 @@ class Worker:
 
     async def claim(self) -> Claim:
         job = await self.repository.add(NewJob("p", "acme/painter", {}), 60)
-        claim = await self.repository.claim(job.id, self.id)
+        claim = await self.repository.claim(job.id, self.id, 60)
         assert claim is not None
         return claim
 
@@ -101,7 +101,7 @@ class TestLeases:
         worker.runs.leases = [claim.lease]
         await worker.recovery.check_leases()
         await worker.repository.release(claim.lease)
-        await worker.repository.claim(claim.job.id, uuid4())
+        await worker.repository.claim(claim.job.id, uuid4(), 60)
         await worker.recovery.check_leases()
         assert worker.runs.stopped == []  # it might just have ended by itself
         await worker.recovery.check_leases()
@@ -116,7 +116,7 @@ class TestLeases:
     async def test_a_job_without_a_run_is_freed(self, worker: Worker) -> None:
         claim = await worker.claim()
         await worker.recovery.check_leases()
-        assert await worker.repository.claim(claim.job.id, uuid4()) is not None
+        assert await worker.repository.claim(claim.job.id, uuid4(), 60) is not None
 
 
 class TestRinging:

@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import LeaseLost
 from app.jobs import repository as module
-from app.jobs.models import Job, JobPhase, JobStatus, Output
+from app.jobs.models import Charged, Job, JobPhase, JobStatus, Output
 from app.jobs.repository import Claim, JobRepository, NewJob, Settlement
 from app.providers.base import Prediction, PredictionRequest
 
@@ -22,7 +22,7 @@ async def add(repository: JobRepository, deadline_seconds: float = 60) -> UUID:
 
 async def claimed(repository: JobRepository, worker_id: UUID = WORKER) -> Claim:
     await repository.heartbeat(worker_id, "test", 1)
-    claim = await repository.claim(await add(repository), worker_id)
+    claim = await repository.claim(await add(repository), worker_id, 60)
     assert claim is not None
     return claim
 
@@ -51,7 +51,7 @@ def output(job_id: UUID) -> Output:
 async def complete(repository: JobRepository, claim: Claim) -> None:
     attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
     await repository.record_prediction(claim.lease, attempt.id, prediction(str(uuid4())))
-    settlement = Settlement(attempt.id, "succeeded", predict_time_seconds=1.5)
+    settlement = Settlement(attempt.id, "succeeded", Charged.YES, predict_time_seconds=1.5)
     await repository.complete(claim.lease, [output(claim.job.id)], settlement)
 
 
@@ -59,7 +59,7 @@ class TestClaim:
     async def test_one_of_many_racing_workers_wins(self, repository: JobRepository) -> None:
         ids = [await add(repository) for _ in range(10)]
         claims = await asyncio.gather(
-            *(repository.claim(job_id, uuid4()) for job_id in ids for _ in range(5))
+            *(repository.claim(job_id, uuid4(), 60) for job_id in ids for _ in range(5))
         )
         assert sorted(c.job.id for c in claims if c) == ids
 
@@ -71,14 +71,14 @@ class TestClaim:
         assert claim.attempt is None
 
     async def test_an_unknown_job_is_not_claimed(self, repository: JobRepository) -> None:
-        assert await repository.claim(uuid4(), WORKER) is None
+        assert await repository.claim(uuid4(), WORKER, 60) is None
 
     async def test_a_retry_is_not_claimed_before_it_is_due(self, repository: JobRepository) -> None:
         claim = await claimed(repository)
         await repository.retry_later(
             claim.lease, delay_seconds=60, error_code="x", error_message="y", retries=1
         )
-        assert await repository.claim(claim.job.id, WORKER) is None
+        assert await repository.claim(claim.job.id, WORKER, 60) is None
         job = await reload(repository, claim.job.id)
         assert (job.status, job.retry_count, job.error_code) == (JobStatus.PENDING, 1, "x")
         assert job.next_attempt_at is not None
@@ -88,7 +88,7 @@ class TestClaim:
         first = await claimed(repository)
         attempt = await repository.begin_attempt(first.lease, "mock", REQUEST)
         await repository.release(first.lease)
-        second = await repository.claim(first.job.id, uuid4())
+        second = await repository.claim(first.job.id, uuid4(), 60)
         assert second is not None
         assert second.attempt is not None
         assert second.attempt.id == attempt.id
@@ -101,10 +101,10 @@ class TestLease:
         old = await claimed(repository)
         attempt = await repository.begin_attempt(old.lease, "mock", REQUEST)
         await repository.release(old.lease)
-        new = await repository.claim(old.job.id, uuid4())
+        new = await repository.claim(old.job.id, uuid4(), 60)
         assert new is not None
         before = (await reload(repository, old.job.id)).model_dump()
-        settlement = Settlement(attempt.id, "succeeded")
+        settlement = Settlement(attempt.id, "succeeded", Charged.YES)
         for late_write in (
             repository.begin_attempt(old.lease, "mock", REQUEST),
             repository.record_prediction(old.lease, attempt.id, prediction()),
@@ -161,7 +161,7 @@ class TestCancel:
         job = await repository.cancel(job_id)
         assert job is not None
         assert job.status is JobStatus.CANCELLED
-        assert await repository.claim(job_id, WORKER) is None
+        assert await repository.claim(job_id, WORKER, 60) is None
 
     async def test_no_create_begins_after_it_was_asked_for(self, repository: JobRepository) -> None:
         claim = await claimed(repository)
@@ -183,7 +183,7 @@ class TestCancel:
         assert job.status is JobStatus.CANCELLED
         with pytest.raises(LeaseLost):
             await repository.complete(
-                claim.lease, [output(job.id)], Settlement(attempt.id, "succeeded")
+                claim.lease, [output(job.id)], Settlement(attempt.id, "succeeded", Charged.YES)
             )
         assert (await reload(repository, job.id)).status is JobStatus.CANCELLED
 
@@ -242,15 +242,22 @@ class TestSweep:
         self, repository: JobRepository
     ) -> None:
         job_id = await add(repository)
-        await repository.claim(job_id, uuid4())
+        await repository.claim(job_id, uuid4(), 60)
         assert await repository.release_dead(60) == [job_id]
 
-    async def test_jobs_past_their_deadline_fail(self, repository: JobRepository) -> None:
+    async def test_a_job_that_nobody_begins_in_time_fails(self, repository: JobRepository) -> None:
         late, early = await add(repository, -1), await add(repository)
         assert await repository.expire(10) == [late]
         job = await reload(repository, late)
-        assert (job.status, job.error_code) == (JobStatus.FAILED, "deadline_exceeded")
+        assert (job.status, job.error_code) == (JobStatus.FAILED, "queue_deadline_exceeded")
         assert (await reload(repository, early)).status is JobStatus.PENDING
+
+    async def test_a_begun_job_has_a_deadline_of_its_own(self, repository: JobRepository) -> None:
+        late, early = await add(repository), await add(repository, -1)
+        for job_id, seconds in ((late, -1), (early, 60)):
+            assert await repository.claim(job_id, WORKER, seconds)
+        assert await repository.expire(10) == [late]
+        assert (await reload(repository, late)).error_code == "deadline_exceeded"
 
     async def test_hand_back_frees_all_and_forgets_the_worker(
         self, repository: JobRepository
@@ -261,6 +268,39 @@ class TestSweep:
         assert sorted(handed_back) == [claim.job.id for claim in mine]
         assert (await reload(repository, other.job.id)).worker_id is not None
         assert (await repository.stats(60)).workers == 1
+
+
+class TestPoison:
+    async def crash(self, repository: JobRepository, job_id: UUID, *, storing: bool) -> None:
+        claim = await repository.claim(job_id, uuid4(), 60)
+        assert claim is not None
+        if storing:
+            await repository.begin_storing(claim.lease)
+        await repository.release_dead(60)
+
+    async def test_a_job_that_crashes_its_worker_each_time_fails(
+        self, repository: JobRepository
+    ) -> None:
+        job_id = await add(repository)
+        for crashes in range(3):
+            assert await repository.fail_poisoned(10) == [], crashes
+            await self.crash(repository, job_id, storing=True)
+        assert await repository.fail_poisoned(10) == [job_id]
+        assert (await reload(repository, job_id)).error_code == "poisoned"
+
+    async def test_jobs_that_only_waited_meanwhile_are_unharmed(
+        self, repository: JobRepository
+    ) -> None:
+        job_id = await add(repository)
+        for _ in range(5):
+            await self.crash(repository, job_id, storing=False)
+        assert await repository.fail_poisoned(10) == []
+
+    async def test_a_hand_back_is_no_crash(self, repository: JobRepository) -> None:
+        claim = await claimed(repository)
+        await repository.begin_storing(claim.lease)
+        await repository.hand_back(WORKER)
+        assert (await reload(repository, claim.job.id)).crash_count == 0
 
 
 class TestStats:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[3]
 
 INSERT_JOB = """
     INSERT INTO jobs (id, prompt, model_name, parameters, status, deadline_at, ring_at,
-                      retry_count, throttle_count)
-    VALUES (gen_random_uuid(), 'p', 'm', '{}', %s, now(), now(), 0, 0) RETURNING id
+                      retry_count, throttle_count, crash_count)
+    VALUES (gen_random_uuid(), 'p', 'm', '{}', %s, now(), now(), 0, 0, 0) RETURNING id
 """
 INSERT_ATTEMPT = """
     INSERT INTO attempts (id, job_id, number, provider, model_name, input, state, prediction_id)
