@@ -85,6 +85,8 @@ class Settings(BaseSettings):
     replicate_base_url: HttpUrl = "https://api.replicate.com"
     replicate_timeout_seconds: Seconds = 15
     replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)
+    replicate_creates_per_minute: float = Field(600, gt=0, le=100_000)
+    replicate_calls_per_minute: float = Field(3000, gt=0, le=1_000_000)
     replicate_mock_delay_min: float = Field(2, ge=0, le=3600)
     replicate_mock_delay_max: float = Field(10, ge=0, le=3600)
     replicate_mock_failure_rate: float = Field(0.1, ge=0, le=1)

@@ -161,7 +161,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
-    faults = [_fault(fault) for fault in error.errors()[:MAX_ERRORS]]
+    faults = [_fault(fault) for fault in error.errors()]
     path, text = faults[0]
     return problem(request, 422, f"{_dotted(path)}: {text}", errors=faults)
 
@@ -171,7 +171,7 @@ def _fault(fault: Mapping[str, Any]) -> tuple[tuple[str | int, ...], str]:
     path = tuple(fault["loc"])
     if fault["type"] == "json_invalid":
         return ("body",), f"is not valid JSON: {fault['ctx']['error']} (character {path[-1]})"
-    if path == ("body",) and fault["type"] != "missing":
+    if fault["type"] == "model_attributes_type":
         return path, "must be a JSON object, sent as application/json"
     if fault["type"] == "extra_forbidden":
         return path, "is not a field of this request"
@@ -179,9 +179,8 @@ def _fault(fault: Mapping[str, Any]) -> tuple[tuple[str | int, ...], str]:
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    """Join a path; a client's own field name may be long, or no Unicode at all."""
-    joined = ".".join(str(part) for part in path)
-    return joined.encode(errors="backslashreplace").decode()[:MAX_PATH_CHARACTERS]
+    """Join a path; it may end in a client's own field name, however long."""
+    return ".".join(str(part) for part in path)[:MAX_PATH_CHARACTERS]
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -185,6 +185,7 @@ class Lifecycle:
     async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
         request = await self._request(claim.job)
         async with self._submitting:
+            await self._provider.admit()
             intended_at = time.monotonic()
             attempt = await self._repository.begin_attempt(
                 claim.lease, self._provider.name, request

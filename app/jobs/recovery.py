@@ -83,6 +83,7 @@ class Recovery:
         self._lease_seconds = lease_seconds
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
+        self.living_workers = 1
 
     async def run(self) -> None:
         """Do all duties for ever; cancel the task to end them."""
@@ -95,7 +96,9 @@ class Recovery:
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
-        await self._repository.heartbeat(self._worker_id, self._worker_name, self._concurrency)
+        self.living_workers = await self._repository.heartbeat(
+            self._worker_id, self._worker_name, self._concurrency, self._lease_seconds
+        )
 
     async def check_leases(self) -> None:
         """Stop runs whose job was cancelled or taken over; free jobs that no run stands behind."""

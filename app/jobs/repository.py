@@ -402,15 +402,19 @@ class JobRepository:
 
     # --- every worker's side: heartbeat and sweep ----------------------------------------------
 
-    async def heartbeat(self, worker_id: UUID, name: str, concurrency: int) -> None:
-        """Say that this worker lives."""
+    async def heartbeat(
+        self, worker_id: UUID, name: str, concurrency: int, lease_seconds: float
+    ) -> int:
+        """Say that this worker lives; return how many do."""
         statement = (
             upsert(Worker)
             .values(id=worker_id, name=name, concurrency=concurrency)
             .on_conflict_do_update(index_elements=["id"], set_={"heartbeat_at": func.now()})
         )
+        alive = select(func.count()).where(workers.heartbeat_at >= _in_seconds(-lease_seconds))
         async with self._sessions.begin() as session:
             await session.execute(statement)
+            return (await session.execute(alive)).scalar_one()
 
     async def leases_of(self, worker_id: UUID) -> dict[UUID, UUID]:
         """Return the token of every job this worker still owns."""

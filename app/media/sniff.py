@@ -11,6 +11,7 @@ EXTENSIONS = {
     "image/webp": "webp",
     "image/gif": "gif",
     "image/avif": "avif",
+    "image/svg+xml": "svg",
     "video/mp4": "mp4",
     "video/webm": "webm",
     "audio/mpeg": "mp3",
@@ -46,7 +47,9 @@ def media_type(head: bytes) -> str:
         return _RIFF.get(head[8:12], "application/octet-stream")
     if head[4:8] == b"ftyp":
         return "image/avif" if head[8:12] in (b"avif", b"avis") else "video/mp4"
-    start = head.lstrip()[:16].lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
+        return "image/svg+xml"
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "text/html"
     return "application/octet-stream"

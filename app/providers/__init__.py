@@ -1,13 +1,25 @@
 """Prediction services behind one Protocol; the settings choose which."""
 
+from collections.abc import Callable
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
 from app.config import Settings
 from app.providers.base import Provider
+from app.providers.governor import RedisGovernor
 from app.providers.mock import MockProvider
 from app.providers.replicate import ReplicateProvider
 
+REDIS_TIMEOUT_SECONDS = 1.0
 
-def create_provider(settings: Settings) -> Provider:
-    """Return the mock for the demonstration token, Replicate for any other."""
+
+def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) -> Provider:
+    """Return the mock for the demonstration token, Replicate for any other.
+
+    `workers` tells how many processes share the provider's rate while Redis is away.
+    """
     if settings.is_mock:
         return MockProvider(
             settings.replicate_mock_delay_min,
@@ -19,4 +31,23 @@ def create_provider(settings: Settings) -> Provider:
         settings.replicate_base_url,
         timeout_seconds=settings.replicate_timeout_seconds,
         prefer_wait_seconds=settings.replicate_prefer_wait_seconds,
+        governor=_create_governor(settings, workers),
+    )
+
+
+def _create_governor(settings: Settings, workers: Callable[[], int]) -> RedisGovernor:
+    # Blocking: redis-py's plain pool raises instead of waiting when many calls end at once.
+    pool = BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=4,
+        timeout=REDIS_TIMEOUT_SECONDS,
+        socket_timeout=REDIS_TIMEOUT_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return RedisGovernor(
+        Redis.from_pool(pool),
+        creates_per_minute=settings.replicate_creates_per_minute,
+        others_per_minute=settings.replicate_calls_per_minute,
+        workers=workers,
     )

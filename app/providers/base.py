@@ -48,6 +48,13 @@ class Provider(Protocol):
 
     name: str
 
+    async def admit(self) -> None:
+        """Return when a create may be made: within the provider's rate, and while it answers.
+
+        Asked before the intent is committed, so that waiting (for minutes, if need be) is free.
+        """
+        ...
+
     async def create(self, request: PredictionRequest) -> Prediction:
         """Start one prediction; may return it finished.
 

@@ -6,6 +6,7 @@ import json
 import random
 import zlib
 from collections.abc import AsyncIterator, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
@@ -98,6 +99,9 @@ class MockProvider:
         self._failure_rate = failure_rate
         self._canceled: set[str] = set()
 
+    async def admit(self) -> None:
+        """See `Provider.admit`: the mock has no limits."""
+
     async def create(self, request: PredictionRequest) -> Prediction:
         """See `Provider.create`."""
         given = request.input
@@ -130,7 +134,9 @@ class MockProvider:
 
     async def cancel(self, prediction_id: str) -> None:
         """See `Provider.cancel`; known to this process only, which is enough for a mock."""
-        self._canceled.add(prediction_id)
+        with suppress(PredictionNotFound):
+            if not (await self.get(prediction_id)).is_terminal:
+                self._canceled.add(prediction_id)
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`: one schema for every model."""
@@ -190,6 +196,8 @@ class MockProvider:
 def _integer(value: Any, default: int) -> int:
     if value is None:
         return default
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # JSON Schema's `integer` takes it too
     if isinstance(value, bool) or not isinstance(value, int):
         raise ProviderError(FailureClass.PERMANENT, "invalid_input", f"not an integer: {value!r}")
     return value

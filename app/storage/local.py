@@ -1,9 +1,12 @@
 """Storage in two local folders: the media and, beside it, the metadata."""
 
 import asyncio
+import errno
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from uuid import uuid4
 
 from app.errors import StorageError
 
@@ -47,30 +50,37 @@ class LocalStorage:
         self, key: str, start: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
         """See `Storage.read`. Chunks of 1 MiB: each is one hop to a thread."""
-        file = await asyncio.to_thread(self._path(key).open, "rb")
         try:
-            await asyncio.to_thread(file.seek, start)
-            left = length
-            while left is None or left > 0:
-                wanted = CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)
-                chunk = await asyncio.to_thread(file.read, wanted)
-                if not chunk:
-                    return
-                left = left - len(chunk) if left is not None else None
-                yield chunk
-        finally:
-            await asyncio.to_thread(file.close)
+            file = await asyncio.to_thread(self._path(key).open, "rb")
+            try:
+                await asyncio.to_thread(file.seek, start)
+                left = length
+                while left is None or left > 0:
+                    wanted = CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)
+                    chunk = await asyncio.to_thread(file.read, wanted)
+                    if not chunk:
+                        return
+                    left = left - len(chunk) if left is not None else None
+                    yield chunk
+            finally:
+                await asyncio.to_thread(file.close)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot read {key}: {error.strerror}") from error
 
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
-            await asyncio.to_thread(_probe, self.workspace)
+            for folder in (self.workspace, self._folders["metadata"]):
+                await asyncio.to_thread(_probe, folder)
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
     def _path(self, key: str) -> Path:
         folder, _, name = key.partition("/")
-        if folder not in self._folders or not name or "/" in name or name.startswith("."):
+        leads_away = name.startswith(".") or "/" in name or "\0" in name
+        if folder not in self._folders or not name or leads_away:
             raise StorageError(f"not a storage key: {key!r}")
         return self._folders[folder] / name
 
@@ -78,8 +88,25 @@ class LocalStorage:
 def _move_durably(source: Path, target: Path) -> None:
     """Rename only what is on the disk, then flush the folder: a power cut cannot tear it."""
     _fsync(source)
-    source.replace(target)
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy_durably(source, target)
     _fsync(target.parent)
+
+
+def _copy_durably(source: Path, target: Path) -> None:
+    """Move to another file system, where the metadata may lie: no rename leads there."""
+    beside = target.with_name(f".{uuid4().hex}")
+    try:
+        shutil.copyfile(source, beside)
+        _fsync(beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    source.unlink()
 
 
 def _fsync(path: Path) -> None:
@@ -91,6 +118,9 @@ def _fsync(path: Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    path = folder / f"probe-{os.getpid()}"
-    path.write_bytes(b"ok")
-    path.unlink()
+    # A name of its own, and hidden: other checks, and other machines, may look at this moment.
+    path = folder / f".probe-{uuid4().hex}"
+    try:
+        path.write_bytes(b"ok")
+    finally:
+        path.unlink(missing_ok=True)

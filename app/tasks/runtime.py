@@ -124,7 +124,7 @@ class Runtime:
         duties = create_engine(settings, pool_size=DUTY_CONNECTIONS)
         self._engines = (jobs, duties)
         self._repository = JobRepository(create_sessions(duties))
-        self._provider = create_provider(settings)
+        self._provider = create_provider(settings, lambda: self._recovery.living_workers)
         self._watcher = PredictionWatcher(
             self._provider,
             interval_seconds=settings.poll_interval_seconds,

@@ -282,6 +282,32 @@ class TestAccounts:
             assert not home.exists()
 
     @only_root
+    def test_what_may_come_back_and_what_is_in_use_is_not_deleted(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(unprivileged, "SHARED_FOLDERS", (folder / "shared",))
+        with Valkey(tmp_path / "in-use") as in_use:
+            homes = folder / "shared" / "data"
+            unmounted = homes / "0123456789abcdef"
+            unmounted.mkdir()
+            (unmounted / "origin").write_text("/no/such/volume/valkey")
+            (homes / "half-made").mkdir()
+            shutil.rmtree(in_use.data_path)
+            with Valkey(tmp_path / "new"):
+                assert unmounted.exists()
+                assert len(list(homes.iterdir())) == 4
+
+    @only_root
+    def test_many_first_starts_at_once_get_a_place_each(self, tmp_path: Path) -> None:
+        paths = [tmp_path / str(number) for number in range(20)]
+        for path in paths:
+            assert Valkey(path).password
+        with ThreadPoolExecutor() as threads:
+            places = list(threads.map(unprivileged.place_for, paths))
+        assert len({place.home for place in places}) == 20
+        assert all(place.files.exists() for place in places)
+
+    @only_root
     def test_a_folder_made_anew_gets_new_data(self, tmp_path: Path) -> None:
         for _ in range(2):
             with (

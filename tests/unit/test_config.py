@@ -80,6 +80,8 @@ WRONG = [
     ("ON_UNKNOWN_OUTCOME", "hope", "'fail' or 'resubmit'"),
     ("JOB_DEADLINE_SECONDS", "86401", DAY),
     ("QUEUE_DEADLINE_SECONDS", "0", "greater than 0"),
+    ("REPLICATE_CREATES_PER_MINUTE", "0", "greater than 0"),
+    ("REPLICATE_CALLS_PER_MINUTE", "-1", "greater than 0"),
     ("STARTING_DEADLINE_SECONDS", "4", "greater than or equal to 5"),
     ("RUNNING_DEADLINE_SECONDS", "4", "greater than or equal to 5"),
     ("DOWNLOAD_DEADLINE_SECONDS", "0", POSITIVE),

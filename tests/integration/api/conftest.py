@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from app.api.deps import Services
 from app.config import Settings
-from app.jobs.models import Job, Output
+from app.jobs.models import Charged, Job, Output
 from app.jobs.repository import Claim, NewJob, Settlement
 from app.main import create_app
 from app.providers.base import PredictionRequest, Provider
@@ -157,7 +157,7 @@ class Jobs:
 
     async def processing(self) -> Claim:
         job = await self.pending()
-        claim = await self._services.repository.claim(job.id, uuid4())
+        claim = await self._services.repository.claim(job.id, uuid4(), 3600)
         assert claim is not None
         return claim
 
@@ -185,7 +185,8 @@ class Jobs:
             await self._store(claim.job.id, index, data)
             for index, data in enumerate(files or (b"a picture",))
         ]
-        await repository.complete(claim.lease, outputs, Settlement(attempt.id, "succeeded"))
+        settlement = Settlement(attempt.id, "succeeded", Charged.YES)
+        await repository.complete(claim.lease, outputs, settlement)
         return await self.read(claim.job.id)
 
     async def read(self, job_id: UUID) -> Job:

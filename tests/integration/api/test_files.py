@@ -2,11 +2,14 @@
 
 import hashlib
 import logging
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
 from app.config import Settings
 from tests.integration.api.conftest import Jobs, problem_of
@@ -138,6 +141,36 @@ async def test_a_large_file_is_streamed_whole_and_in_parts(
     assert part.status_code == 206
     assert part.content == data[5:]
     assert part.headers["content-length"] == str(len(data) - 5)
+
+
+async def test_a_large_file_is_sent_in_pieces_and_a_small_one_in_one(
+    api: FastAPI, client: httpx2.AsyncClient, jobs: Jobs
+) -> None:
+    small, large = await jobs.completed(b"s" * (4 << 20)), await jobs.completed(b"l" * (5 << 20))
+    assert await pieces(api, f"/media/{small.id}.png") == [4 << 20]
+    assert max(await pieces(api, f"/media/{large.id}.png")) <= 1 << 20
+
+
+async def pieces(api: FastAPI, path: str) -> list[int]:
+    """The sizes of the messages that an answer's body comes in."""
+    sizes: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sizes.append(len(message.get("body", b"")))
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": "GET",
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+    }
+    await api(scope, receive, send)
+    return [size for size in sizes if size]
 
 
 async def test_a_job_without_a_file_yet(client: httpx2.AsyncClient, jobs: Jobs) -> None:

@@ -17,7 +17,6 @@ from app.api.schemas import CREATED_JOB_EXAMPLE, JOB_EXAMPLE, CreatedJobView, Jo
 from app.config import Settings
 from tests.integration.api.conftest import NOWHERE, Jobs, OpenClient, problem_of
 
-
 UNKNOWN = "01939f3e-7c1a-7d52-9b1e-3f6a5d0c2b11"
 
 
@@ -54,7 +53,7 @@ async def test_health_is_exact(client: httpx2.AsyncClient) -> None:
 
 class TestDetailedHealth:
     async def test_everything_well(self, client: httpx2.AsyncClient, services: Services) -> None:
-        await services.repository.heartbeat(uuid4(), "worker", 10)
+        await services.repository.heartbeat(uuid4(), "worker", 10, 15)
         response = await client.get("/health/detailed")
         body = response.json()
         assert (response.status_code, body["status"]) == (200, "healthy")
@@ -119,7 +118,7 @@ class TestDetailedHealth:
 
 class TestMetrics:
     async def test_json(self, client: httpx2.AsyncClient, services: Services, jobs: Jobs) -> None:
-        await services.repository.heartbeat(uuid4(), "worker", 10)
+        await services.repository.heartbeat(uuid4(), "worker", 10, 15)
         for _ in range(2):
             await jobs.pending()
         await jobs.completed()

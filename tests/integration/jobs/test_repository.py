@@ -21,7 +21,7 @@ async def add(repository: JobRepository, deadline_seconds: float = 60) -> UUID:
 
 
 async def claimed(repository: JobRepository, worker_id: UUID = WORKER) -> Claim:
-    await repository.heartbeat(worker_id, "test", 1)
+    await repository.heartbeat(worker_id, "test", 1, 60)
     claim = await repository.claim(await add(repository), worker_id, 60)
     assert claim is not None
     return claim
@@ -231,7 +231,7 @@ class TestSweep:
         alive, silent = await claimed(repository), await claimed(repository, uuid4())
         assert await repository.release_dead(60) == []
         await asyncio.sleep(0.3)
-        await repository.heartbeat(WORKER, "test", 1)
+        await repository.heartbeat(WORKER, "test", 1, 60)
         assert await repository.release_dead(0.25) == [silent.job.id]
         assert (await reload(repository, alive.job.id)).worker_id == WORKER
         freed = await reload(repository, silent.job.id)

@@ -1,0 +1,165 @@
+"""The contract of `Storage`.
+
+class TestContract(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return LocalStorage(tmp_path / "media", tmp_path / "metadata")
+"""
+
+import asyncio
+import hashlib
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.errors import StorageError
+from app.storage.base import Storage, media_key, metadata_key
+
+KEY = media_key("picture.png")
+# More than any adapter moves at once, and not a multiple of anything.
+LARGE = hashlib.shake_256(b"large").digest((3 << 20) + 17)
+
+
+class StorageContract:
+    """Derive it, and give the fixture `storage`: an empty one for each test."""
+
+    @pytest.mark.parametrize("key", [KEY, metadata_key(UUID(int=7))])
+    async def test_what_is_put_can_be_read(self, storage: Storage, key: str) -> None:
+        await put(storage, key, b"\x89PNG\x00content")
+        assert await read(storage, key) == b"\x89PNG\x00content"
+        assert await storage.size(key) == 12
+
+    async def test_media_and_metadata_of_one_name_are_two_files(self, storage: Storage) -> None:
+        await put(storage, "media/same.json", b"media")
+        await put(storage, "metadata/same.json", b"metadata")
+        assert await read(storage, "media/same.json") == b"media"
+        assert await read(storage, "metadata/same.json") == b"metadata"
+
+    async def test_put_takes_the_local_file_away(self, storage: Storage) -> None:
+        path = storage.workspace / "new"
+        path.write_bytes(b"content")
+        await storage.put(KEY, path)
+        assert not path.exists()
+        assert list(storage.workspace.iterdir()) == []
+
+    async def test_the_workspace_takes_files_from_the_start(self, storage: Storage) -> None:
+        assert storage.workspace.is_dir()
+        assert list(storage.workspace.iterdir()) == []
+
+    async def test_a_second_put_replaces_the_first(self, storage: Storage) -> None:
+        await put(storage, KEY, b"the first, longer content")
+        await put(storage, KEY, b"second")
+        assert await read(storage, KEY) == b"second"
+        assert await storage.size(KEY) == 6
+
+    async def test_an_empty_file_is_a_file(self, storage: Storage) -> None:
+        await put(storage, KEY, b"")
+        assert await storage.size(KEY) == 0
+        assert await read(storage, KEY) == b""
+
+    async def test_a_large_file_comes_back_in_bounded_chunks(self, storage: Storage) -> None:
+        await put(storage, KEY, LARGE)
+        chunks = [chunk async for chunk in storage.read(KEY)]
+        assert b"".join(chunks) == LARGE
+        assert len(chunks) > 1
+        assert b"" not in chunks
+
+    @pytest.mark.parametrize(
+        ("start", "length"),
+        [
+            (0, 1),
+            (5, 10),
+            (0, None),
+            (len(LARGE) - 1, None),
+            (len(LARGE) - 10, 100),  # beyond the end: what there is
+            (1 << 20, (1 << 20) + 1),
+            (len(LARGE), None),
+            (7, 0),
+        ],
+    )
+    async def test_a_part_can_be_read(
+        self, storage: Storage, start: int, length: int | None
+    ) -> None:
+        await put(storage, KEY, LARGE)
+        end = None if length is None else start + length
+        assert await read(storage, KEY, start, length) == LARGE[start:end]
+
+    async def test_reading_can_stop_early(self, storage: Storage) -> None:
+        await put(storage, KEY, LARGE)
+        async for chunk in storage.read(KEY):
+            assert LARGE.startswith(chunk)
+            break
+        assert await read(storage, KEY, 0, 3) == LARGE[:3]
+
+    async def test_an_unknown_key_has_no_size_and_can_not_be_read(self, storage: Storage) -> None:
+        assert await storage.size(KEY) is None
+        with pytest.raises(FileNotFoundError):
+            await read(storage, KEY)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "",
+            "media",
+            "media/",
+            "picture.png",
+            "/etc/passwd",
+            "media//etc/passwd",
+            "other/picture.png",
+            "media/../metadata/x.json",
+            "media/..",
+            "media/.",
+            "media/.hidden",
+            "media/folder/picture.png",
+            "../media/picture.png",
+            "media/nul\x00.png",
+        ],
+    )
+    async def test_a_key_that_leads_elsewhere_is_refused(self, storage: Storage, key: str) -> None:
+        path = storage.workspace / "new"
+        path.write_bytes(b"content")
+        with pytest.raises(StorageError):
+            await storage.put(key, path)
+        with pytest.raises(StorageError):
+            await storage.size(key)
+        with pytest.raises(StorageError):
+            await read(storage, key)
+
+    async def test_a_put_without_its_file_is_an_error_and_changes_nothing(
+        self, storage: Storage
+    ) -> None:
+        await put(storage, KEY, b"kept")
+        with pytest.raises(StorageError):
+            await storage.put(KEY, storage.workspace / "never-made")
+        assert await read(storage, KEY) == b"kept"
+
+    async def test_a_reader_never_sees_part_of_a_file(self, storage: Storage) -> None:
+        versions = {bytes([number]) * (200_000 + number) for number in range(12)}
+        await put(storage, KEY, min(versions))
+        writing = asyncio.gather(*(put(storage, KEY, version) for version in versions))
+        looks = 0
+        while not writing.done() or looks < 3:
+            assert await read(storage, KEY) in versions
+            assert await storage.size(KEY) in {len(version) for version in versions}
+            looks += 1
+        await writing
+        assert await read(storage, KEY) in versions
+
+    async def test_check_passes_and_leaves_nothing(self, storage: Storage) -> None:
+        await storage.check()
+        assert list(storage.workspace.iterdir()) == []
+
+    async def test_many_checks_at_once_do_not_disturb_each_other(self, storage: Storage) -> None:
+        await asyncio.gather(*(storage.check() for _ in range(200)))
+
+
+async def put(storage: Storage, key: str, content: bytes) -> None:
+    """Store `content` the way the service does: a file in the workspace, then `put`."""
+    path = storage.workspace / uuid4().hex
+    path.write_bytes(content)
+    await storage.put(key, path)
+
+
+async def read(storage: Storage, key: str, start: int = 0, length: int | None = None) -> bytes:
+    """Read a file, or part of it, whole."""
+    return b"".join([chunk async for chunk in storage.read(key, start, length)])

@@ -1,0 +1,156 @@
+"""The shared rate, pause and breaker on real Valkey: each governor stands for a worker."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from app.providers import governor as module
+from app.providers.governor import Call, RedisGovernor
+from scripts.servers import Valkey
+
+StartGovernor = Callable[..., RedisGovernor]
+
+
+@pytest.fixture
+async def start(valkey: Valkey) -> AsyncIterator[StartGovernor]:
+    """Start governors with the given rate per minute on an empty Valkey."""
+    redis = Redis.from_url(valkey.url)
+    await redis.flushdb()
+    await redis.aclose()
+    started = []
+
+    def start(per_minute: float, workers: int = 1, url: str = valkey.url) -> RedisGovernor:
+        governor = RedisGovernor(
+            Redis.from_url(url, socket_timeout=0.5, socket_connect_timeout=0.5),
+            creates_per_minute=per_minute,
+            others_per_minute=per_minute,
+            workers=lambda: workers,
+        )
+        started.append(governor)
+        return governor
+
+    yield start
+    for governor in started:
+        await governor.aclose()
+
+
+async def admitted_within(governors: list[RedisGovernor], seconds: float) -> int:
+    """Count the creates that the governors admit together in this time."""
+    count = 0
+
+    async def ask(governor: RedisGovernor) -> None:
+        nonlocal count
+        while True:
+            await governor.admit(Call.CREATE)
+            count += 1
+
+    tasks = [asyncio.create_task(ask(governor)) for governor in governors for _ in range(3)]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    return count
+
+
+async def admits_at_once(governor: RedisGovernor, call: Call = Call.CREATE) -> bool:
+    try:
+        await asyncio.wait_for(governor.admit(call), 0.1)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def test_workers_share_one_rate(start: StartGovernor) -> None:
+    count = await admitted_within([start(1200), start(1200)], 1.5)
+    # 20 a second and the burst; the loop may be late, never early.
+    assert 20 <= count <= 20 * 1.5 + module.BURST + 1
+
+
+async def test_creates_and_other_calls_are_counted_apart(start: StartGovernor) -> None:
+    governor = start(1)
+    while await admits_at_once(governor):
+        pass
+    assert await admits_at_once(governor, Call.OTHER)
+
+
+async def test_the_first_in_line_goes_first(start: StartGovernor) -> None:
+    governor = start(1200)
+    order: list[int] = []
+
+    async def ask(number: int) -> None:
+        await governor.admit(Call.CREATE)
+        order.append(number)
+
+    await asyncio.gather(*(ask(number) for number in range(30)))
+    assert order == list(range(30))
+
+
+class TestPause:
+    async def test_one_throttled_worker_pauses_all(self, start: StartGovernor) -> None:
+        first, second = start(60_000), start(60_000)
+        await first.throttled(Call.CREATE, 0.5)
+        assert not await admits_at_once(second)
+        assert await admits_at_once(second, Call.OTHER)
+        started = time.monotonic()
+        await second.admit(Call.CREATE)
+        assert time.monotonic() - started < 1
+
+    async def test_a_shorter_pause_does_not_end_a_longer_one(self, start: StartGovernor) -> None:
+        governor = start(60_000)
+        await governor.throttled(Call.CREATE, 30)
+        await governor.throttled(Call.CREATE, 0.01)
+        await asyncio.sleep(0.05)
+        assert not await admits_at_once(start(60_000))
+
+
+class TestBreaker:
+    @pytest.fixture(autouse=True)
+    def _quick_probes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "PROBE_SECONDS", 0.5)
+
+    async def _open(self, governor: RedisGovernor) -> None:
+        for _ in range(module.FAILURES_TO_OPEN):
+            await governor.failed()
+
+    async def test_a_run_of_failures_stops_everybody(self, start: StartGovernor) -> None:
+        first, second = start(60_000), start(60_000)
+        await self._open(first)
+        assert not await admits_at_once(second)
+        assert not await admits_at_once(second, Call.OTHER)
+
+    async def test_a_good_answer_in_between_starts_the_count_again(
+        self, start: StartGovernor
+    ) -> None:
+        governor = start(60_000)
+        for _ in range(5):
+            for _ in range(module.FAILURES_TO_OPEN - 1):
+                await governor.failed()
+            await governor.succeeded()
+        assert await admits_at_once(governor)
+
+    async def test_one_probe_per_interval_finds_out(self, start: StartGovernor) -> None:
+        first, second = start(60_000), start(60_000)
+        await self._open(first)
+        assert await admitted_within([first, second], 1.75) == 3
+
+    async def test_a_good_probe_closes_it_for_all(self, start: StartGovernor) -> None:
+        first, second = start(60_000), start(60_000)
+        await self._open(first)
+        await second.admit(Call.CREATE)  # the probe, by one that has seen no failure itself
+        await second.succeeded()
+        assert await admits_at_once(first)
+        assert await admits_at_once(first)
+
+
+class TestWithoutRedis:
+    async def test_each_worker_keeps_to_its_share(self, start: StartGovernor) -> None:
+        away = "redis://127.0.0.1:1"
+        workers = [start(2400, workers=2, url=away) for _ in range(2)]
+        assert 20 <= await admitted_within(workers, 1) <= 44
+
+    async def test_a_pause_holds_in_this_process(self, start: StartGovernor) -> None:
+        governor = start(60_000, url="redis://127.0.0.1:1")
+        await governor.throttled(Call.CREATE, 30)
+        assert not await admits_at_once(governor)
