@@ -62,10 +62,7 @@ def place_for(data_path: Path) -> Place:
                 f"The data in {files} can no longer be reached by user {account.user}."
             )
         files.rmdir()
-    _forget_deleted(redirected.parent)
-    _make_passable(redirected.parent)
-    _make_passable(redirected)
-    (redirected / "origin").write_text(str(data_path))
+        _make_home(redirected, data_path)
     files = redirected / "server"
     return Place(redirected, files, _give(files))
 
@@ -77,8 +74,9 @@ def programs(package: Path, parts: Sequence[str]) -> Path:
     """
     if os.geteuid() != 0:
         return package.parent
-    record = next(package.parent.glob(f"{package.name}-*.dist-info/RECORD"))
-    folder = _shared_folder() / "programs" / hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+    wheel = next(package.parent.glob(f"{package.name}-*.dist-info/WHEEL"))
+    build = wheel.parent.name.encode() + wheel.read_bytes()  # the version, and the platform
+    folder = _shared_folder() / "programs" / hashlib.sha256(build).hexdigest()[:16]
     if not folder.exists():
         _copy(package.parent, parts, folder)
     return folder
@@ -112,7 +110,7 @@ def _is_usable(files: Path, account: Account) -> bool:
     """Whether the account can write in the folder; tried, as modes do not tell all (ACLs, NFS)."""
     try:
         attempt = subprocess.run(
-            ["/bin/sh", "-c", 'mkdir "$0/attempt" && rmdir "$0/attempt"', str(files)],
+            ["/bin/sh", "-c", 'mkdir "$0/$$" && rmdir "$0/$$"', str(files)],
             user=account.user,
             group=account.group,
             extra_groups=[],
@@ -157,18 +155,28 @@ def _key(data_path: Path) -> str:
     return hashlib.sha256(os.fsencode(data_path) + b"\0" + content).hexdigest()[:16]
 
 
-def _forget_deleted(folder: Path) -> None:
-    """Delete what was placed here for data paths that were deleted since.
+def _make_home(home: Path, data_path: Path) -> None:
+    """Make the folder and what tells whose it is; delete those that nobody can come back to."""
+    _make_passable(home.parent)
+    for other in home.parent.iterdir():
+        with contextlib.suppress(OSError):  # another start may be deleting it too
+            if _is_forsaken(other) and not _is_locked(other):
+                shutil.rmtree(other)
+    partial = Path(tempfile.mkdtemp(dir=home.parent.parent))
+    (partial / "origin").write_text(str(data_path))
+    partial.chmod(0o711)
+    _move_whole(partial, home)
 
-    A path whose parent is gone too may be a volume that is not mounted, except for temporary files.
+
+def _is_forsaken(home: Path) -> bool:
+    """Whether the home's data path was made anew since, or was a temporary folder and is gone.
+
+    Any other path that is gone may be on a volume that is not mounted now: its data stays.
     """
-    for home in folder.glob("*"):
-        origin = Path((home / "origin").read_text()) if (home / "origin").exists() else None
-        if origin is None or _key(origin) == home.name:
-            continue
-        temporary = origin.is_relative_to(Path(tempfile.gettempdir()).resolve())
-        if (temporary or origin.parent.exists()) and not _is_locked(home):
-            shutil.rmtree(home, ignore_errors=True)
+    origin = Path((home / "origin").read_text())
+    if (origin / "password").exists():
+        return _key(origin) != home.name
+    return origin.is_relative_to(Path(tempfile.gettempdir()).resolve())
 
 
 def _is_locked(home: Path) -> bool:
@@ -182,7 +190,6 @@ def _is_locked(home: Path) -> bool:
 
 
 def _copy(source: Path, parts: Sequence[str], folder: Path) -> None:
-    """Copy whole or not at all, when two start at once or one is killed."""
     _make_passable(folder.parent)
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     for part in parts:
@@ -192,6 +199,11 @@ def _copy(source: Path, parts: Sequence[str], folder: Path) -> None:
         if not path.is_symlink():
             executable = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
             path.chmod(0o755 if executable else 0o644)
+    _move_whole(partial, folder)
+
+
+def _move_whole(partial: Path, folder: Path) -> None:
+    """Give the folder its name, unless somebody else has made it meanwhile."""
     try:
         partial.rename(folder)
     except OSError:
