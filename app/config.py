@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)
     replicate_creates_per_minute: float = Field(600, gt=0, le=100_000)
     replicate_calls_per_minute: float = Field(3000, gt=0, le=1_000_000)
+    replicate_webhook_secret: SecretStr = SecretStr("")
+    public_base_url: HttpUrl | None = None
     replicate_mock_delay_min: float = Field(2, ge=0, le=3600)
     replicate_mock_delay_max: float = Field(10, ge=0, le=3600)
     replicate_mock_failure_rate: float = Field(0.1, ge=0, le=1)
@@ -146,6 +148,19 @@ class Settings(BaseSettings):
     def cors_origin_list(self) -> list[str]:
         """The comma-separated `CORS_ORIGINS` as a list; empty means no CORS headers."""
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def webhook_secrets(self) -> list[str]:
+        """The comma-separated `REPLICATE_WEBHOOK_SECRET`; empty means fetch the account's."""
+        given = self.replicate_webhook_secret.get_secret_value()
+        return [secret.strip() for secret in given.split(",") if secret.strip()]
+
+    @property
+    def webhook_base_url(self) -> str | None:
+        """Where Replicate reports to; it accepts https only, and the mock reports to nobody."""
+        public = self.public_base_url or ""
+        usable = public.startswith("https://") and not self.is_mock
+        return f"{public}/api/v1/webhooks/replicate" if usable else None
 
     @property
     def is_mock(self) -> bool:

@@ -27,6 +27,13 @@ class AppError(Exception):
         self.detail = detail
 
 
+class Unauthorized(AppError):
+    """The caller has not proved to be who it must be."""
+
+    status_code = 401
+    title = "Unauthorized"
+
+
 class InvalidInput(AppError):
     """The client's request cannot be accepted as it is.
 

@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
-from app.api import files, generate, jobs, system
+from app.api import files, generate, jobs, system, webhooks
 from app.api.deps import Ring, open_services
 from app.api.middleware import ClearStart, JsonBodies, RequestContext
 from app.api.problems import UnexpectedErrors, describe_problems, install_problem_handlers
@@ -27,6 +27,7 @@ survives every crash, is paid for once, and its outputs never expire. Errors are
 TAGS = [
     {"name": "jobs", "description": "Create, follow, list and cancel generation jobs."},
     {"name": "files", "description": "The generated files."},
+    {"name": "webhooks", "description": "Reports from the provider."},
     {"name": "system", "description": "Health, metrics and configuration."},
 ]
 EXPOSED_HEADERS = [
@@ -71,7 +72,7 @@ def create_app(
         strict_content_type=False,
     )
     install_problem_handlers(app)
-    for module in (generate, jobs, files, system):
+    for module in (generate, jobs, files, webhooks, system):
         app.include_router(module.router)
     return app
 

@@ -17,6 +17,7 @@ from app.errors import StorageError
 from app.jobs.parameters import ParameterChecker
 from app.jobs.repository import JobRepository
 from app.providers.base import Provider
+from app.providers.webhooks import WebhookVerifier
 from app.storage import create_storage
 from app.storage.base import Storage
 from app.tasks.dispatcher import Dispatcher
@@ -37,6 +38,7 @@ class Services:
     parameters: ParameterChecker
     dispatcher: Dispatcher
     redis: Redis
+    webhooks: WebhookVerifier
 
 
 async def get_services(request: Request) -> Services:
@@ -61,10 +63,11 @@ async def open_services(
     redis = _create_redis(settings.redis_url)
     repository = JobRepository(create_sessions(engine))
     parameters = ParameterChecker(provider.input_schema)
+    webhooks = WebhookVerifier(settings.webhook_secrets, provider.webhook_secret)
     dispatcher = Dispatcher(ring)
     dispatcher.start()
     try:
-        yield Services(settings, repository, storage, parameters, dispatcher, redis)
+        yield Services(settings, repository, storage, parameters, dispatcher, redis, webhooks)
     finally:
         await dispatcher.stop()
         await parameters.aclose()

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api.cursors import decode_cursor, encode_cursor
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
-from app.api.schemas import JobsQuery, JobView
+from app.api.schemas import AttemptView, JobsQuery, JobView
 from app.errors import InvalidInput, JobNotFound
 from app.jobs.cancellation import cancel_job
 from app.jobs.models import Job, JobStatus
@@ -82,6 +82,18 @@ async def metadata(job_id: UUID, app: App) -> Response:
     except FileNotFoundError:
         raise JobNotFound("There is no metadata for this job (yet).") from None
     return Response(b"".join(chunks), media_type="application/json")
+
+
+@router.get(
+    "/jobs/{job_id}/attempts",
+    summary="Read what was asked of the provider",
+    responses=problem_responses(404, 422, 503),
+)
+async def attempts(job_id: UUID, app: App) -> list[AttemptView]:
+    """Return every create call made for the job, in order: the ledger of what may be billed."""
+    if await app.repository.get(job_id) is None:
+        raise JobNotFound("There is no such job.")
+    return [AttemptView.model_validate(row) for row in await app.repository.attempts(job_id)]
 
 
 @router.delete(

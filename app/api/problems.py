@@ -192,6 +192,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _DESCRIPTIONS = {
+    401: "The signature is missing, wrong or too old, or meant for another address.",
     404: "No such job, or it has no such file.",
     409: "The job's status does not allow this; `detail` names the status.",
     413: "The request body is larger than `MAX_BODY_BYTES`.",

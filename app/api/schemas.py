@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.api.json_values import check_storable, check_text, parse_object
-from app.jobs.models import Job, JobStatus, Output
+from app.jobs.models import AttemptState, Charged, Job, JobStatus, Output
 
 DEFAULT_MODEL = "black-forest-labs/flux-schnell"
 MAX_PROMPT_CHARACTERS = 10_000
@@ -225,6 +225,28 @@ class CreatedJobView(JobView):
     warnings: list[str] = Field(
         description="What may be a mistake, such as a parameter the model does not know."
     )
+
+
+class AttemptView(BaseModel):
+    """One create call at the provider: what may have been paid, and what came of it."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    number: int
+    provider: str
+    model_name: str
+    input: dict[str, Any] = Field(description="Exactly what was sent.")
+    state: AttemptState
+    prediction_id: str | None
+    version: str | None
+    outcome: str | None = Field(description="How it ended; null while it is open.")
+    error_class: str | None
+    error_message: str | None
+    charged: Charged
+    predict_time_seconds: float | None
+    created_at: datetime = Field(description="The intent, committed before the call.")
+    submitted_at: datetime | None = Field(description="When the prediction's id was known.")
+    settled_at: datetime | None
 
 
 def _output_view(output: Output, base_url: str) -> OutputView:

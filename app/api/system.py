@@ -19,6 +19,7 @@ ENDPOINTS = {
     "status": "GET /api/v1/status/{job_id}",
     "jobs": "GET /api/v1/jobs",
     "metadata": "GET /api/v1/jobs/{job_id}/metadata",
+    "attempts": "GET /api/v1/jobs/{job_id}/attempts",
     "cancel": "DELETE /api/v1/jobs/{job_id}",
     "download": "GET /api/v1/download/{job_id}",
     "media": "GET /media/{filename}",

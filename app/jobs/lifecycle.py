@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from functools import partial
@@ -84,6 +84,7 @@ class LifecyclePolicy:
     retry: RetryPolicy
     job_deadline_seconds: float
     cancel_after_seconds: float
+    webhook_base_url: str | None
     reconcile_grace_seconds: float
     reconcile_deadline_seconds: float
     on_unknown_outcome: Literal["fail", "resubmit"]
@@ -210,8 +211,10 @@ class Lifecycle:
         late = time.monotonic() - intended_at > SUBMIT_WINDOW_SECONDS
         if late and not await self._repository.may_still_submit(lease):
             raise LeaseLost
+        base_url = self._policy.webhook_base_url
+        webhook = f"{base_url}/{attempt.id}" if base_url else None
         with _ending(attempt):
-            prediction = await self._provider.create(request)
+            prediction = await self._provider.create(replace(request, webhook=webhook))
         if not await self._repository.record_prediction(lease, attempt.id, prediction):
             # Another attempt with the same input adopted it, so that one's own may be ours.
             raise _ambiguous("The prediction was taken over by another job.")

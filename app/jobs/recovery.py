@@ -164,7 +164,7 @@ class Recovery:
         request = PredictionRequest(attempt.model_name, attempt.input, 0)
         found = await self._provider.find(request, attempt.created_at)
         for prediction in found:
-            if await self._repository.adopt_orphan(attempt.id, prediction):
+            if await self._repository.adopt(attempt.id, prediction):
                 return [prediction.id]
         return []
 

@@ -170,6 +170,35 @@ class JobRepository:
         async with self._sessions() as session:
             return (await session.scalars(query)).all()
 
+    async def attempt(self, attempt_id: UUID) -> Attempt | None:
+        """Return one attempt, or None."""
+        async with self._sessions() as session:
+            return await session.get(Attempt, attempt_id)
+
+    async def adopt(self, attempt_id: UUID, prediction: Prediction) -> bool:
+        """Note the found prediction of an attempt; False if another attempt has it.
+
+        For what was learned from outside a run: by the provider's report, or by the sweep for
+        a job that has ended. It changes an `intent` only; the job's create is no longer under way.
+        """
+        job_id = select(attempts.job_id).where(attempts.id == attempt_id).scalar_subquery()
+        job = (
+            update(Job)
+            .where(jobs.id == job_id, jobs.status.in_(UNFINISHED))
+            .values(
+                external_job_id=prediction.id,
+                phase=case((jobs.status == JobStatus.PROCESSING, JobPhase.WAITING.value)),
+                updated_at=func.now(),
+            )
+        )
+        try:
+            async with self._sessions.begin() as session:
+                if await session.scalar(_submitted(attempt_id, prediction)):
+                    await session.execute(job)
+        except IntegrityError:
+            return False
+        return True
+
     async def output_named(self, name: str) -> Output | None:
         """Return the output stored under this file name, or None."""
         async with self._sessions() as session:
@@ -535,15 +564,6 @@ class JobRepository:
         async with self._sessions() as session:
             return (await session.scalars(query)).all()
 
-    async def adopt_orphan(self, attempt_id: UUID, prediction: Prediction) -> bool:
-        """Note the found prediction of an ended job; False if another attempt has it."""
-        try:
-            async with self._sessions.begin() as session:
-                await session.execute(_submitted(attempt_id, prediction))
-        except IntegrityError:
-            return False
-        return True
-
     async def settle_orphan(self, settlement: Settlement) -> None:
         """Close the attempt of a job that has ended."""
         async with self._sessions.begin() as session:
@@ -578,7 +598,7 @@ def _guarded(lease: Lease, *, cancelling: bool = False) -> Update:
     return statement.values(updated_at=func.now())
 
 
-def _submitted(attempt_id: UUID, prediction: Prediction) -> Update:
+def _submitted(attempt_id: UUID, prediction: Prediction) -> Any:
     return (
         update(Attempt)
         .where(attempts.id == attempt_id, attempts.state == AttemptState.INTENT)
@@ -588,6 +608,7 @@ def _submitted(attempt_id: UUID, prediction: Prediction) -> Update:
             version=prediction.version,
             submitted_at=func.now(),
         )
+        .returning(attempts.id)
     )
 
 

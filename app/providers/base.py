@@ -10,11 +10,15 @@ TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
 
 @dataclass(frozen=True, slots=True)
 class PredictionRequest:
-    """One create call. `cancel_after_seconds` is the provider's own deadline for the run."""
+    """One create call. `cancel_after_seconds` is the provider's own deadline for the run.
+
+    `webhook` is the address to which the provider reports, if any.
+    """
 
     model_name: str
     input: dict[str, Any]
     cancel_after_seconds: int
+    webhook: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,13 @@ class Provider(Protocol):
         """Return the model's input as a self-contained JSON Schema, or None when it has none.
 
         Raises: ProviderError when it cannot be fetched now.
+        """
+        ...
+
+    async def webhook_secret(self) -> str:
+        """Return the secret with which the provider signs its reports.
+
+        Raises: ProviderError when it cannot be fetched, or the provider has none.
         """
         ...
 

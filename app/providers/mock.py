@@ -143,6 +143,10 @@ class MockProvider:
         del model_name
         return INPUT_SCHEMA
 
+    async def webhook_secret(self) -> str:
+        """See `Provider.webhook_secret`: the mock reports to nobody."""
+        raise ProviderError(FailureClass.PERMANENT, "no_webhooks", "The mock sends no reports.")
+
     async def download(self, url: str) -> AsyncIterator[bytes]:
         """See `Provider.download`; `url` is `mock:{prediction id}/{index}`."""
         prediction_id, _, index = url.removeprefix("mock:").rpartition("/")

@@ -154,6 +154,7 @@ class ReplicateProvider:
             "cancel_after": f"{request.cancel_after_seconds}s",
             "timeout": httpx.Timeout(self._timeout.write, connect=self._timeout.connect, read=read),
             **({"prefer": f"wait={wait}"} if wait else {}),
+            **(_reports_to(request.webhook) if request.webhook else {}),
         }
         owner, name, version = _split(request.model_name)
         if version:
@@ -264,6 +265,13 @@ class ReplicateProvider:
                 model: Any = await (await models.get(model_owner=owner, model_name=name)).json()
                 found = model.get("latest_version") or {}
             return _input_schema(found.get("openapi_schema") or {})
+
+    async def webhook_secret(self) -> str:
+        """See `Provider.webhook_secret`."""
+        async with self._reading():
+            secrets = self._reads.webhooks.default.secret.with_raw_response
+            found: Any = await (await secrets.get()).json()
+            return str(found["key"])
 
     # --- files -------------------------------------------------------------------------------
 
@@ -432,6 +440,11 @@ def _time(value: Any) -> datetime | None:
     except (ValueError, TypeError):
         return None
     return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _reports_to(webhook: str) -> dict[str, Any]:
+    """`start` names the prediction even if the create's answer is lost, `completed` ends it."""
+    return {"webhook": webhook, "webhook_events_filter": ["start", "completed"]}
 
 
 def _split(model_name: str) -> tuple[str, str, str]:

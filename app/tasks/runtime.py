@@ -23,6 +23,7 @@ from app.jobs.watch import PredictionWatcher
 from app.providers import create_provider
 from app.storage import create_storage
 from app.tasks.doorbell import doorbell
+from app.tasks.wakeups import listen
 
 # From SIGTERM to the end: runs are stopped, jobs handed back, connections closed.
 STOP_SECONDS = 4.0
@@ -161,7 +162,8 @@ class Runtime:
         )
 
     def _start_background(self) -> None:
-        for duty in (self._recovery.run(), self._watcher.run()):
+        wakeups = listen(self._settings.redis_url, self._watcher.nudge)
+        for duty in (self._recovery.run(), self._watcher.run(), wakeups):
             self._background.add(asyncio.create_task(duty))
 
     async def _run(self, job_id: UUID) -> RunResult:
@@ -217,6 +219,7 @@ def _policy(settings: Settings) -> LifecyclePolicy:
         cancel_after_seconds=(
             settings.starting_deadline_seconds + settings.running_deadline_seconds
         ),
+        webhook_base_url=settings.webhook_base_url,
         reconcile_grace_seconds=settings.reconcile_grace_seconds,
         reconcile_deadline_seconds=settings.reconcile_deadline_seconds,
         on_unknown_outcome=settings.on_unknown_outcome,

@@ -40,7 +40,10 @@ FOLLOWING = {
     "METADATA_PATH": "metadata_directory",
 }
 # Whatever these say can be right.
-FREE = {"API_HOST", "CORS_ORIGINS", "STORAGE_PATH", "METADATA_PATH", "REPLICATE_API_TOKEN"}
+FREE = {
+    *("API_HOST", "CORS_ORIGINS", "STORAGE_PATH", "METADATA_PATH"),
+    *("REPLICATE_API_TOKEN", "REPLICATE_WEBHOOK_SECRET"),
+}
 
 POSTGRES = "must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name"
 REDIS = "must be a Redis or Valkey URL: redis://host:6379/0"
@@ -80,6 +83,7 @@ WRONG = [
     ("ON_UNKNOWN_OUTCOME", "hope", "'fail' or 'resubmit'"),
     ("JOB_DEADLINE_SECONDS", "86401", DAY),
     ("QUEUE_DEADLINE_SECONDS", "0", "greater than 0"),
+    ("PUBLIC_BASE_URL", "media.example.com", "must be an http:// or https:// URL"),
     ("REPLICATE_CREATES_PER_MINUTE", "0", "greater than 0"),
     ("REPLICATE_CALLS_PER_MINUTE", "-1", "greater than 0"),
     ("STARTING_DEADLINE_SECONDS", "4", "greater than or equal to 5"),

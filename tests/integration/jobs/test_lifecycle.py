@@ -99,6 +99,7 @@ async def parts(
         retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0),
         job_deadline_seconds=60,
         cancel_after_seconds=60,
+        webhook_base_url=None,
         reconcile_grace_seconds=0,
         reconcile_deadline_seconds=30,
         on_unknown_outcome="fail",

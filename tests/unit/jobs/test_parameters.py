@@ -203,20 +203,33 @@ class TestBounds:
             ({"type": "array", "uniqueItems": True}, [{"n": n} for n in range(5000)]),
             ({"type": "array", "items": {"$ref": "#/components/schemas/tree"}}, list(range(9000))),
             ({"$ref": "#/components/schemas/tree"}, "x"),
+            ({"$ref": "#/components/schemas/fork0"}, "x"),
             ({"patternProperties": {"^(a+)+$": {}}}, {"a" * 40 + "!": 1}),
         ],
     )
     async def test_costs_little(self, schema: dict[str, Any], value: Any) -> None:
         branch = {"$ref": "#/components/schemas/tree"}
-        whole = {
-            "properties": {"slow": schema},
-            "components": {"schemas": {"tree": {"anyOf": [branch, branch]}}},
+        # Two ways at each of 40 forks, and none of the ends fits: 2 ** 40 ways to try.
+        forks: dict[str, Any] = {
+            f"fork{n}": {"anyOf": [{"$ref": f"#/components/schemas/fork{n + 1}"}] * 2}
+            for n in range(40)
         }
+        ends = {"fork40": {"type": "integer"}, "tree": {"anyOf": [branch, branch]}}
+        whole = {"properties": {"slow": schema}, "components": {"schemas": forks | ends}}
         checker = ParameterChecker(Schemas(whole).fetch)
         await checker.check("a/b", {})
         started_at = time.process_time()
         await checker.check("a/b", {"slow": value})
         assert time.process_time() - started_at < 0.5
+
+    async def test_a_reference_to_an_address_is_never_fetched(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[object] = []
+        monkeypatch.setattr("urllib.request.urlopen", lambda *args, **_: asked.append(args))
+        schema = {"properties": {"width": {"$ref": "http://169.254.169.254/latest"}}}
+        assert await faults({"width": 1}, schema) == {}
+        assert asked == []
 
     async def test_messages_do_not_echo_values(self) -> None:
         found = await faults({"width": "x" * 100_000, "scheduler": "y" * 100_000})

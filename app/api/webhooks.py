@@ -1,0 +1,88 @@
+"""POST /api/v1/webhooks/replicate/{attempt_id}: the provider rings when a prediction moves."""
+
+import asyncio
+import json
+from typing import Any
+from uuid import UUID
+
+import structlog
+from fastapi import APIRouter, Request
+from redis.exceptions import RedisError
+
+from app.api.deps import App, Services
+from app.api.problems import problem_responses
+from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
+from app.jobs.models import Attempt, AttemptState
+from app.providers.base import Prediction
+from app.tasks.wakeups import CHANNEL
+
+router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])
+
+PUBLISH_SECONDS = 0.1
+
+log = structlog.get_logger(__name__)
+
+
+@router.post(
+    "/replicate/{attempt_id}",
+    status_code=204,
+    summary="Replicate reports on a prediction",
+    responses=problem_responses(401, 404, 413, 422, 503),
+)
+async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
+    """Take a signed report as a doorbell; repeated, late or out of order, it does no harm.
+
+    It adopts the prediction for an attempt whose create answer was lost, and makes the worker
+    look now. What the prediction made is read from the API alone.
+    """
+    body = await request.body()
+    await _verify(app, body, request)
+    prediction = _prediction(body)
+    attempt = await app.repository.attempt(attempt_id)
+    if attempt is None:
+        raise JobNotFound("There is no such attempt.")
+    if not _speaks_of(attempt, prediction):
+        log.warning("webhook_misdirected", attempt_id=str(attempt_id))
+        raise Unauthorized("This report is about another attempt's prediction.")
+    if attempt.state is AttemptState.INTENT:
+        await app.repository.adopt(attempt.id, prediction)
+    await _wake(app, prediction.id)
+
+
+async def _verify(app: Services, body: bytes, request: Request) -> None:
+    try:
+        genuine = await app.webhooks.is_genuine(body, request.headers)
+    except ProviderError as error:
+        raise ServiceUnavailable("The signature cannot be checked right now.") from error
+    if not genuine:
+        log.warning("webhook_refused")
+        raise Unauthorized("The signature is missing, wrong or too old.")
+
+
+def _prediction(body: bytes) -> Prediction:
+    try:
+        report: dict[str, Any] = json.loads(body)
+        return Prediction(
+            id=str(report["id"]),
+            status=str(report["status"]),
+            model_name=str(report.get("model") or ""),
+            input=report.get("input") or {},
+            version=report.get("version"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput("The report is not a prediction.") from error
+
+
+def _speaks_of(attempt: Attempt, prediction: Prediction) -> bool:
+    """The signature covers the body, not the address: the two must belong together."""
+    if attempt.prediction_id is not None:
+        return attempt.prediction_id == prediction.id
+    return attempt.input == prediction.input
+
+
+async def _wake(app: Services, prediction_id: str) -> None:
+    """Tell the workers; if that fails, their next poll sees it."""
+    try:
+        await asyncio.wait_for(app.redis.publish(CHANNEL, prediction_id), PUBLISH_SECONDS)
+    except (RedisError, OSError) as error:
+        log.warning("wakeup_lost", error=type(error).__name__)
