@@ -41,9 +41,16 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _origin(value: str) -> str:
+    if value.count("/") != 2:
+        raise ValueError("must be an origin without a path: https://api.replicate.com")
+    return value
+
+
 PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+HttpOrigin = Annotated[HttpUrl, AfterValidator(_origin)]
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
@@ -82,7 +89,7 @@ class Settings(BaseSettings):
     download_concurrency: int = Field(8, ge=1, le=64)
 
     replicate_api_token: SecretStr = SecretStr(MOCK_TOKEN)
-    replicate_base_url: HttpUrl = "https://api.replicate.com"
+    replicate_base_url: HttpOrigin = "https://api.replicate.com"
     replicate_timeout_seconds: Seconds = 15
     replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)
     replicate_creates_per_minute: float = Field(600, gt=0, le=100_000)

@@ -70,6 +70,7 @@ WRONG = [
     ("MAX_OUTPUT_PIXELS", "0", "greater than or equal to 1"),
     ("DOWNLOAD_CONCURRENCY", "65", "less than or equal to 64"),
     ("REPLICATE_BASE_URL", "api.replicate.com?token=s3cret", HTTP),
+    ("REPLICATE_BASE_URL", "https://api.replicate.com/v1", "must be an origin without a path"),
     ("REPLICATE_TIMEOUT_SECONDS", "0", POSITIVE),
     ("REPLICATE_PREFER_WAIT_SECONDS", "61", "less than or equal to 60"),
     ("REPLICATE_MOCK_DELAY_MIN", "-1", "greater than or equal to 0"),
