@@ -1,13 +1,26 @@
 """POST /api/v1/generate: a prompt becomes a job."""
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
 
-from app.api.deps import App
+from fastapi import APIRouter, Header, Request, Response
+
+from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.api.schemas import CreatedJobView, GenerateRequest
+from app.errors import InvalidInput
+from app.jobs.models import Job
 from app.jobs.repository import NewJob
 
 router = APIRouter(prefix="/api/v1", tags=["jobs"])
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        pattern=r"^[\x21-\x7e]{1,255}$",
+        description="Any unique text of the client's: repeats of the request get the same job.",
+    ),
+]
 
 
 @router.post(
@@ -21,16 +34,34 @@ router = APIRouter(prefix="/api/v1", tags=["jobs"])
     },
 )
 async def generate(
-    body: GenerateRequest, request: Request, response: Response, app: App
+    body: GenerateRequest,
+    request: Request,
+    response: Response,
+    app: App,
+    idempotency_key: IdempotencyKey = None,
 ) -> CreatedJobView:
     """Store a job and answer at once; follow it at the `Location`.
 
     The parameters are checked against the model's own input schema when it is at hand; names
-    the model does not know are passed on, and named in `warnings`.
+    the model does not know are passed on, and named in `warnings`. With an `Idempotency-Key`
+    the request may be repeated until it is answered: there is one job per key, for ever.
     """
     warnings = await app.parameters.check(body.model_name, body.parameters)
     new = NewJob(body.prompt, body.model_name, body.parameters, request.state.request_id)
-    job = await app.repository.add(new, app.settings.queue_deadline_seconds)
+    job = await _add(app, new, idempotency_key)
     app.dispatcher.enqueue(job.id)
     response.headers["Location"] = f"/api/v1/status/{job.id}"
-    return CreatedJobView.of(job, [], app.settings.storage_base_url, warnings=warnings)
+    outputs = await app.repository.outputs([job.id]) if job.status.is_terminal else {}
+    base_url = app.settings.storage_base_url
+    return CreatedJobView.of(job, outputs.get(job.id, []), base_url, warnings=warnings)
+
+
+async def _add(app: Services, new: NewJob, idempotency_key: str | None) -> Job:
+    deadline_seconds = app.settings.queue_deadline_seconds
+    if idempotency_key is None:
+        return await app.repository.add(new, deadline_seconds)
+    job, is_new = await app.repository.add_once(new, deadline_seconds, idempotency_key)
+    if not is_new and job.fingerprint != new.fingerprint:
+        fault = (("header", "Idempotency-Key"), "was used for another request")
+        raise InvalidInput("The Idempotency-Key belongs to another request.", [fault])
+    return job

@@ -238,7 +238,8 @@ class Lifecycle:
         Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
         no prediction, or that nobody will ever know.
         """
-        request = PredictionRequest(attempt.model_name, attempt.input, 0)
+        own_seed = claim.job.parameters.get("seed") is None and "seed" in attempt.input
+        request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
         try:
             found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
         except ProviderError as error:

@@ -96,6 +96,7 @@ UNCLAIMED = "worker_id IS NULL AND status IN ('pending', 'processing')"
 CLAIMED = "worker_id IS NOT NULL AND status = 'processing'"
 UNFINISHED = "status IN ('pending', 'processing')"
 CANCELLING = "cancel_requested_at IS NOT NULL AND status = 'processing'"
+KEYED = "idempotency_key IS NOT NULL"
 OPEN = "state <> 'settled'"
 
 
@@ -113,6 +114,9 @@ class Job(SQLModel, table=True):
         CheckConstraint(_in("phase", JobPhase), name="phase"),
         Index("ix_jobs_newest", text("created_at DESC"), text("id DESC")),
         Index("ix_jobs_status_newest", "status", text("created_at DESC"), text("id DESC")),
+        Index(
+            "uq_jobs_idempotency_key", "idempotency_key", unique=True, postgresql_where=text(KEYED)
+        ),
         Index("ix_jobs_ring_at", "ring_at", postgresql_where=text(UNCLAIMED)),
         Index("ix_jobs_worker_id", "worker_id", postgresql_where=text(CLAIMED)),
         Index("ix_jobs_deadline_at", "deadline_at", postgresql_where=text(UNFINISHED)),
@@ -124,6 +128,8 @@ class Job(SQLModel, table=True):
     model_name: str = Field(sa_type=Text)
     parameters: dict[str, Any] = Field(default_factory=dict, sa_type=JSONB)
     request_id: str | None = Field(default=None, sa_type=Text)
+    idempotency_key: str | None = Field(default=None, sa_type=Text)
+    fingerprint: str | None = Field(default=None, sa_type=Text)
 
     status: JobStatus = Field(
         default=JobStatus.PENDING,

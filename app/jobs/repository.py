@@ -5,10 +5,12 @@ claim, so whoever comes second changes nothing and learns it (`LeaseLost`). All 
 database's.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -60,6 +62,12 @@ class NewJob:
     model_name: str
     parameters: Mapping[str, Any]
     request_id: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what tells this request from any other: a SHA-256 of what it asks for."""
+        asked = [self.prompt, self.model_name, self.parameters]
+        return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +121,33 @@ class JobRepository:
 
     async def add(self, new: NewJob, queue_deadline_seconds: float) -> Job:
         """Insert one pending job and commit it; it fails unless it is begun in time."""
+        statement = insert(Job).values(**_pending(new, queue_deadline_seconds)).returning(Job)
+        async with self._sessions.begin() as session:
+            return (await session.execute(statement)).scalar_one()
+
+    async def add_once(
+        self, new: NewJob, queue_deadline_seconds: float, idempotency_key: str
+    ) -> tuple[Job, bool]:
+        """Insert the job unless there is one with this key; return it, and whether it is new.
+
+        Whoever comes second with a key waits for the first one's commit, and gets its job.
+        """
+        values = _pending(new, queue_deadline_seconds)
         statement = (
-            insert(Job)
-            .values(
-                prompt=new.prompt,
-                model_name=new.model_name,
-                parameters=dict(new.parameters),
-                request_id=new.request_id,
-                deadline_at=_in_seconds(queue_deadline_seconds),
-                ring_at=_in_seconds(FIRST_RING_SECONDS),
+            upsert(Job)
+            .values(**values, idempotency_key=idempotency_key, fingerprint=new.fingerprint)
+            .on_conflict_do_nothing(
+                index_elements=["idempotency_key"], index_where=jobs.idempotency_key.is_not(None)
             )
             .returning(Job)
         )
         async with self._sessions.begin() as session:
-            return (await session.execute(statement)).scalar_one()
+            job = await session.scalar(statement)
+        if job is not None:
+            return job, True
+        async with self._sessions() as session:
+            query = select(Job).where(jobs.idempotency_key == idempotency_key)
+            return (await session.execute(query)).scalar_one(), False
 
     async def get(self, job_id: UUID) -> Job | None:
         """Return the job, or None."""
@@ -568,6 +589,17 @@ class JobRepository:
         """Close the attempt of a job that has ended."""
         async with self._sessions.begin() as session:
             await session.execute(_settle(settlement))
+
+
+def _pending(new: NewJob, queue_deadline_seconds: float) -> dict[str, Any]:
+    return {
+        "prompt": new.prompt,
+        "model_name": new.model_name,
+        "parameters": dict(new.parameters),
+        "request_id": new.request_id,
+        "deadline_at": _in_seconds(queue_deadline_seconds),
+        "ring_at": _in_seconds(FIRST_RING_SECONDS),
+    }
 
 
 async def _expect(session: AsyncSession, statement: Update) -> None:

@@ -12,13 +12,15 @@ TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
 class PredictionRequest:
     """One create call. `cancel_after_seconds` is the provider's own deadline for the run.
 
-    `webhook` is the address to which the provider reports, if any.
+    `webhook` is the address to which the provider reports, if any. With `has_own_seed` the
+    input's seed was drawn at random for this call, so the input alone identifies the prediction.
     """
 
     model_name: str
     input: dict[str, Any]
     cancel_after_seconds: int
     webhook: str | None = None
+    has_own_seed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

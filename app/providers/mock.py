@@ -80,9 +80,12 @@ class _Run:
         code = prediction_id.removeprefix(PREFIX)
         try:
             packed = base64.urlsafe_b64decode(code + "=" * (-len(code) % 4))
-            return cls(*json.loads(zlib.decompress(packed)))
+            run = cls(*json.loads(zlib.decompress(packed)))
         except (ValueError, TypeError, zlib.error):
             raise PredictionNotFound from None
+        if run.id != prediction_id:  # base64 and zlib overlook what is too much
+            raise PredictionNotFound
+        return run
 
 
 class MockProvider:

@@ -206,9 +206,12 @@ class ReplicateProvider:
         pages_read = 0
         async for page in self._pages(window, at_most=PAGES_PER_FIND + 1):
             pages_read += 1
-            candidates = [seen for seen in page if _is_of_model(seen, request.model_name)]
+            ours = [seen for seen in page if _is_of_model(seen, request.model_name)]
+            input_deleted |= any(seen.data_removed for seen in ours)
+            # Replicate has been recorded answering under another model's name than the one
+            # called: where the input cannot be anybody else's, the name does not matter.
+            candidates = page if request.has_own_seed else ours
             matches += [seen for seen in candidates if seen.input == request.input]
-            input_deleted |= any(seen.data_removed for seen in candidates)
         if not matches and input_deleted:
             raise ProviderError(
                 FailureClass.PERMANENT,

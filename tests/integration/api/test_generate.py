@@ -261,3 +261,40 @@ async def test_two_hundred_posts_at_once_all_exist(
     assert [response.status_code for response in responses] == [201] * 200
     assert len({response.json()["id"] for response in responses}) == 200
     assert await services.repository.count(None) == 200
+
+
+class TestIdempotencyKey:
+    async def post(
+        self, client: httpx2.AsyncClient, key: str, prompt: str = "a fox"
+    ) -> httpx2.Response:
+        return await client.post(
+            "/api/v1/generate", json={"prompt": prompt}, headers={"Idempotency-Key": key}
+        )
+
+    async def test_repeats_get_the_same_job(self, client: httpx2.AsyncClient) -> None:
+        answers = await asyncio.gather(*(self.post(client, "order-7") for _ in range(10)))
+        assert {answer.status_code for answer in answers} == {201}
+        assert len({answer.json()["id"] for answer in answers}) == 1
+        assert (await client.get("/api/v1/jobs")).headers["x-total-count"] == "1"
+
+    async def test_another_key_is_another_job(self, client: httpx2.AsyncClient) -> None:
+        first, second = await self.post(client, "a"), await self.post(client, "b")
+        assert first.json()["id"] != second.json()["id"]
+
+    async def test_a_key_used_for_another_request_is_refused(
+        self, client: httpx2.AsyncClient
+    ) -> None:
+        await self.post(client, "a")
+        body = problem_of(await self.post(client, "a", prompt="an owl"), 422)
+        assert body["errors"][0]["path"] == "header.Idempotency-Key"
+
+    async def test_a_repeat_shows_how_the_job_stands(self, client: httpx2.AsyncClient) -> None:
+        job = (await self.post(client, "a")).json()
+        await client.delete(f"/api/v1/jobs/{job['id']}")
+        assert (await self.post(client, "a")).json()["status"] == "cancelled"
+
+    @pytest.mark.parametrize("key", ["", "two words", "x" * 256])
+    async def test_a_key_that_is_none_is_refused(
+        self, client: httpx2.AsyncClient, key: str
+    ) -> None:
+        problem_of(await self.post(client, key), 422)
