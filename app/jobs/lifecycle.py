@@ -49,7 +49,7 @@ SUBMIT_CONCURRENCY = 100
 # The provider's clock may differ from the database's by this much.
 CLOCK_SKEW = timedelta(seconds=60)
 SEED_LIMIT = 2**31
-CREATE_GRACE_SECONDS = 3.0
+CREATE_GRACE_SECONDS = 2.0
 # Replicate's ids have 26; the mock's are long, because they carry the prompt.
 LOGGED_ID_CHARS = 32
 

@@ -16,6 +16,7 @@ from app.errors import ProviderError
 from app.jobs.models import Attempt, Charged
 from app.jobs.repository import JobRepository, Lease, Settlement
 from app.providers.base import PredictionRequest, Provider
+from app.storage.base import Storage
 
 BATCH = 500
 # Enough messages to keep workers busy until the next round; more would only pile up.
@@ -23,6 +24,13 @@ QUEUE_TARGET = 1000
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
 LONGEST_PAUSE_SECONDS = 10.0
+
+HOUSEKEEPING_SECONDS = 60.0
+# No download takes this long, so nobody is writing the file any more.
+LEFTOVER_SECONDS = 600.0
+# Replicate deletes outputs an hour after the end; a prediction that was submitted half an hour ago
+# and is not stored deserves a person's attention.
+AT_RISK_SECONDS = 1800.0
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +72,7 @@ class Recovery:
         provider: Provider,
         doorbell: Doorbell,
         runs: Runs,
+        storage: Storage,
         *,
         worker_id: UUID,
         worker_name: str,
@@ -76,6 +85,7 @@ class Recovery:
         self._provider = provider
         self._doorbell = doorbell
         self._runs = runs
+        self._storage = storage
         self._worker_id = worker_id
         self._worker_name = worker_name
         self._concurrency = concurrency
@@ -93,6 +103,7 @@ class Recovery:
             duties.create_task(_every(self._sweep_seconds, self.sweep))
             duties.create_task(_every(self._sweep_seconds, self.ring_due))
             duties.create_task(_every(self._sweep_seconds, self.stop_orphans))
+            duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
@@ -148,6 +159,16 @@ class Recovery:
             except ProviderError as error:
                 log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
                 return
+
+    async def keep_house(self) -> None:
+        """Remove what dead processes left half-written; warn of outputs that may be lost soon."""
+        removed = await self._storage.clean(LEFTOVER_SECONDS)
+        if removed:
+            log.info("leftovers_removed", files=removed)
+        for attempt in await self._repository.unstored(AT_RISK_SECONDS, BATCH):
+            log.error(
+                "output_at_risk", job_id=str(attempt.job_id), submitted_at=attempt.submitted_at
+            )
 
     async def _stop_orphan(self, attempt: Attempt) -> None:
         ids = [attempt.prediction_id] if attempt.prediction_id else await self._find(attempt)

@@ -585,6 +585,22 @@ class JobRepository:
         async with self._sessions() as session:
             return (await session.scalars(query)).all()
 
+    async def unstored(self, older_than_seconds: float, limit: int) -> Sequence[Attempt]:
+        """Return attempts whose prediction was submitted long ago and whose job goes on."""
+        query = (
+            select(Attempt)
+            .join(Job, jobs.id == attempts.job_id)
+            .where(
+                attempts.state == AttemptState.SUBMITTED,
+                attempts.submitted_at < _in_seconds(-older_than_seconds),
+                jobs.status.in_(UNFINISHED),
+            )
+            .order_by(attempts.submitted_at)
+            .limit(limit)
+        )
+        async with self._sessions() as session:
+            return (await session.scalars(query)).all()
+
     async def settle_orphan(self, settlement: Settlement) -> None:
         """Close the attempt of a job that has ended."""
         async with self._sessions.begin() as session:

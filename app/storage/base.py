@@ -31,6 +31,10 @@ class Storage(Protocol):
         """
         ...
 
+    async def clean(self, older_than_seconds: float) -> int:
+        """Remove files that a dead process left in the workspace; return how many."""
+        ...
+
     async def check(self) -> None:
         """Raise StorageError unless a file can be written right now."""
         ...

@@ -4,7 +4,9 @@ import asyncio
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -69,6 +71,13 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot read {key}: {error.strerror}") from error
 
+    async def clean(self, older_than_seconds: float) -> int:
+        """See `Storage.clean`."""
+        try:
+            return await asyncio.to_thread(_remove_old, self.workspace, older_than_seconds)
+        except OSError as error:
+            raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
+
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
@@ -124,3 +133,16 @@ def _probe(folder: Path) -> None:
         path.write_bytes(b"ok")
     finally:
         path.unlink(missing_ok=True)
+
+
+def _remove_old(folder: Path, older_than_seconds: float) -> int:
+    # The file system's own clock, by a file of now: another machine may serve this folder.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="now-") as file:
+        now = os.fstat(file.fileno()).st_mtime
+    removed = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another worker cleans as well
+            if now - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
+                removed += 1
+    return removed

@@ -25,8 +25,9 @@ from app.storage import create_storage
 from app.tasks.doorbell import doorbell
 from app.tasks.wakeups import listen
 
-# From SIGTERM to the end: runs are stopped, jobs handed back, connections closed.
-STOP_SECONDS = 4.0
+# After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
+STOP_SECONDS = 3.0
+RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 POOL_TIMEOUT_SECONDS = 60.0
 # Heartbeat and sweep have connections of their own: behind that queue they would look dead.
@@ -113,7 +114,7 @@ class Runtime:
         """Wait for the hand-back, then end the loop."""
         self.begin_stop()
         assert self._stopping is not None  # noqa: S101 - set by begin_stop
-        self._stopping.result(timeout=2 * STOP_SECONDS)
+        self._stopping.result(timeout=3 * STOP_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=STOP_SECONDS)
 
@@ -133,13 +134,14 @@ class Runtime:
             running_seconds=settings.running_deadline_seconds,
         )
         self._checker = ParameterChecker(self._provider.input_schema)
+        storage = create_storage(settings)
         self._lifecycle = Lifecycle(
             JobRepository(create_sessions(jobs)),
             self._provider,
             self._watcher,
             OutputKeeper(
                 self._provider,
-                create_storage(settings),
+                storage,
                 max_bytes=settings.max_output_bytes,
                 max_pixels=settings.max_output_pixels,
                 deadline_seconds=settings.download_deadline_seconds,
@@ -153,6 +155,7 @@ class Runtime:
             self._provider,
             doorbell,
             self._runs,
+            storage,
             worker_id=self._worker_id,
             worker_name=f"{socket.gethostname()}:{os.getpid()}",
             concurrency=settings.worker_concurrency,
@@ -198,7 +201,7 @@ class Runtime:
             handed_back = await self._repository.hand_back(self._worker_id)
             log.info("jobs_handed_back", jobs=len(handed_back))
             if handed_back:
-                await asyncio.to_thread(doorbell.ring, handed_back)
+                await asyncio.wait_for(asyncio.to_thread(doorbell.ring, handed_back), RING_SECONDS)
         except Exception as error:
             # Database or broker away: the next worker takes the jobs when the lease is over.
             log.warning("hand_back_failed", error=type(error).__name__)

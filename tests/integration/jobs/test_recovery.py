@@ -1,12 +1,16 @@
 """What a worker does beside its jobs: heartbeat, sweep, lost leases and orphaned predictions."""
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
 import pytest
+from structlog.testing import CapturingLogger
 
+from app.config import Settings
 from app.jobs import recovery as module
 from app.jobs import repository as repository_module
 from app.jobs.models import JobStatus
@@ -14,6 +18,7 @@ from app.jobs.recovery import Recovery
 from app.jobs.repository import Claim, JobRepository, Lease, NewJob
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
+from app.storage import create_storage
 from tests.doubles.replicate_server import ReplicateServer
 
 REQUEST = PredictionRequest("acme/painter", {"prompt": "p", "seed": 1}, 60)
@@ -74,7 +79,9 @@ class Worker:
 
 
 @pytest.fixture
-async def worker(repository: JobRepository, replicate: ReplicateServer) -> AsyncIterator[Worker]:
+async def worker(
+    settings: Settings, repository: JobRepository, replicate: ReplicateServer
+) -> AsyncIterator[Worker]:
     provider = ReplicateProvider(
         replicate.token, replicate.origin, timeout_seconds=2, prefer_wait_seconds=0
     )
@@ -84,6 +91,7 @@ async def worker(repository: JobRepository, replicate: ReplicateServer) -> Async
         provider,
         doorbell,
         runs,
+        create_storage(settings),
         worker_id=worker_id,
         worker_name="test",
         concurrency=10,
@@ -185,6 +193,39 @@ class TestOrphans:
         await worker.recovery.stop_orphans()
         assert await worker.repository.orphans(10) == []
         assert replicate.creates() == []
+
+
+class TestHousekeeping:
+    async def test_old_leftovers_are_removed_and_young_ones_stay(
+        self, worker: Worker, settings: Settings
+    ) -> None:
+        workspace = settings.storage_path / ".incoming"
+        old, young = workspace / "old", workspace / "young"
+        old.touch()
+        young.touch()
+        an_hour_ago = time.time() - 3600
+        os.utime(old, (an_hour_ago, an_hour_ago))
+        await worker.recovery.keep_house()
+        assert list(workspace.iterdir()) == [young]
+
+    async def test_an_output_that_waits_long_is_reported(
+        self,
+        worker: Worker,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        logged = CapturingLogger()
+        monkeypatch.setattr(module, "log", logged)
+        monkeypatch.setattr(module, "AT_RISK_SECONDS", 0)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        await worker.recovery.keep_house()
+        assert logged.calls == []
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        await worker.recovery.keep_house()
+        [call] = logged.calls
+        assert (call.method_name, call.args) == ("error", ("output_at_risk",))
+        assert call.kwargs["job_id"] == str(claim.job.id)
 
 
 async def test_the_duties_survive_failures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
