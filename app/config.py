@@ -1,5 +1,6 @@
 """Settings: every knob of the service, from the environment and `config.env`, checked at boot."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -41,6 +42,12 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _s3_url(value: str) -> str:
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9._/-]*)?", value):
+        raise ValueError("must be s3://bucket or s3://bucket/prefix; for a folder set STORAGE_PATH")
+    return value
+
+
 def _origin(value: str) -> str:
     if value.count("/") != 2:
         raise ValueError("must be an origin without a path: https://api.replicate.com")
@@ -49,6 +56,7 @@ def _origin(value: str) -> str:
 
 PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+S3Url = Annotated[str, AfterValidator(_s3_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 HttpOrigin = Annotated[HttpUrl, AfterValidator(_origin)]
 LogLevel = Annotated[
@@ -83,6 +91,11 @@ class Settings(BaseSettings):
 
     storage_path: Path = Path("./storage/media")
     metadata_path: Path | None = None
+    storage_url: S3Url | None = None
+    aws_endpoint_url: HttpUrl | None = None
+    aws_region: str = "us-east-1"
+    aws_access_key_id: str | None = None
+    aws_secret_access_key: SecretStr | None = None
     storage_base_url: HttpUrl = "http://localhost:8000/media"
     max_output_bytes: int = Field(100 << 20, ge=1024)
     max_output_pixels: int = Field(50_000_000, ge=1)

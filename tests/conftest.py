@@ -14,6 +14,7 @@ from app.db import create_engine, create_sessions
 from app.jobs.repository import JobRepository
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
+from tests.s3_server import s3_server
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,3 +86,10 @@ def replicate(replicate_server: ReplicateServer) -> ReplicateServer:
     """The double of Replicate with an empty ledger."""
     replicate_server.reset()
     return replicate_server
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server with a bucket `media`."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url

@@ -1,10 +1,24 @@
 """Outputs and metadata on disk (top-level `storage/` is the data, this the code)."""
 
+import tempfile
+from pathlib import Path
+
 from app.config import Settings
 from app.storage.base import Storage
 from app.storage.local import LocalStorage
+from app.storage.s3 import S3Storage
 
 
 def create_storage(settings: Settings) -> Storage:
     """Return the storage that the settings name."""
-    return LocalStorage(settings.storage_path, settings.metadata_directory)
+    if settings.storage_url is None:
+        return LocalStorage(settings.storage_path, settings.metadata_directory)
+    secret = settings.aws_secret_access_key
+    return S3Storage(
+        settings.storage_url,
+        Path(tempfile.gettempdir()) / "replicate-media-service",
+        endpoint_url=settings.aws_endpoint_url,
+        region=settings.aws_region,
+        access_key_id=settings.aws_access_key_id,
+        secret_access_key=secret.get_secret_value() if secret else None,
+    )

@@ -1,9 +1,16 @@
 """Where outputs and their metadata live: one interface, whatever is behind it."""
 
-from collections.abc import AsyncIterator
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from uuid import UUID
+
+from app.errors import StorageError
+
+FOLDERS = ("media", "metadata")
 
 
 class Storage(Protocol):
@@ -48,3 +55,29 @@ def media_key(name: str) -> str:
 def metadata_key(job_id: UUID) -> str:
     """Return the key of a job's metadata document."""
     return f"metadata/{job_id}.json"
+
+
+def checked_key(key: str) -> tuple[str, str]:
+    """Return a key's folder and name.
+
+    Raises: StorageError - it leads anywhere but to a file directly in one of the two folders.
+    """
+    folder, _, name = key.partition("/")
+    leads_away = name.startswith(".") or "/" in name or "\0" in name
+    if folder not in FOLDERS or not name or leads_away:
+        raise StorageError(f"not a storage key: {key!r}")
+    return folder, name
+
+
+def remove_old(paths: Iterable[Path], older_than_seconds: float, folder: Path) -> int:
+    """Remove the files that are older; `folder` is one to write in. Blocking."""
+    # The file system's own clock, by a file of now: another machine may serve this folder.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="now-") as file:
+        now = os.fstat(file.fileno()).st_mtime
+    removed = 0
+    for path in paths:
+        with suppress(FileNotFoundError):  # another worker cleans as well
+            if now - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
+                removed += 1
+    return removed

@@ -4,13 +4,12 @@ import asyncio
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
+from app.storage.base import checked_key, remove_old
 
 CHUNK_BYTES = 1 << 20
 
@@ -74,7 +73,7 @@ class LocalStorage:
     async def clean(self, older_than_seconds: float) -> int:
         """See `Storage.clean`."""
         try:
-            return await asyncio.to_thread(_remove_old, self.workspace, older_than_seconds)
+            return await asyncio.to_thread(self._remove_old, older_than_seconds)
         except OSError as error:
             raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
 
@@ -86,11 +85,13 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
+    def _remove_old(self, older_than_seconds: float) -> int:
+        # The metadata folder holds leftovers too, all of them hidden: see `_copy_durably`.
+        hidden = self._folders["metadata"].glob(".*")
+        return remove_old([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
+
     def _path(self, key: str) -> Path:
-        folder, _, name = key.partition("/")
-        leads_away = name.startswith(".") or "/" in name or "\0" in name
-        if folder not in self._folders or not name or leads_away:
-            raise StorageError(f"not a storage key: {key!r}")
+        folder, name = checked_key(key)
         return self._folders[folder] / name
 
 
@@ -133,16 +134,3 @@ def _probe(folder: Path) -> None:
         path.write_bytes(b"ok")
     finally:
         path.unlink(missing_ok=True)
-
-
-def _remove_old(folder: Path, older_than_seconds: float) -> int:
-    # The file system's own clock, by a file of now: another machine may serve this folder.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="now-") as file:
-        now = os.fstat(file.fileno()).st_mtime
-    removed = 0
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another worker cleans as well
-            if now - path.stat().st_mtime > older_than_seconds:
-                path.unlink()
-                removed += 1
-    return removed

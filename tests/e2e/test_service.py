@@ -1,5 +1,6 @@
 """The plain commands as processes: from a prompt to a stored picture, whatever is killed."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
 from tests.e2e.service import BIN, ROOT, Service, end, free_port, wait_for
+from tests.s3_server import KEYS
 
 StartService = Callable[..., Service]
 
@@ -103,6 +105,23 @@ def _reachable(client: httpx.Client) -> bool:
         return client.get("/healthcheck").is_success
     except httpx.TransportError:
         return False
+
+
+class TestStorageInABucket:
+    def test_a_job_goes_from_prompt_to_download(
+        self, start_service: StartService, s3_url: str, tmp_path: Path
+    ) -> None:
+        service = start_service(STORAGE_URL="s3://media/e2e", AWS_ENDPOINT_URL=s3_url, **KEYS)
+        service.start_worker()
+        job_id = service.generate("a lighthouse", width=640, height=400)
+        assert service.wait_until_idle()["completed"] == 1
+        assert picture(service, job_id).size == (640, 400)
+        [output] = service.status(job_id)["outputs"]
+        data = service.client.get(f"/media/{job_id}.png").content
+        assert hashlib.sha256(data).hexdigest() == output["sha256"]
+        metadata = service.client.get(f"/api/v1/jobs/{job_id}/metadata").json()
+        assert metadata["outputs"][0]["sha256"] == output["sha256"]
+        assert not list(tmp_path.glob("storage/**/*.png"))
 
 
 class TestDeath:

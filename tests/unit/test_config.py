@@ -43,6 +43,7 @@ FOLLOWING = {
 FREE = {
     *("API_HOST", "CORS_ORIGINS", "STORAGE_PATH", "METADATA_PATH"),
     *("REPLICATE_API_TOKEN", "REPLICATE_WEBHOOK_SECRET"),
+    *("AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
 
 POSTGRES = "must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name"
@@ -69,6 +70,8 @@ WRONG = [
     ("MAX_OUTPUT_BYTES", "1023", "greater than or equal to 1024"),
     ("MAX_OUTPUT_PIXELS", "0", "greater than or equal to 1"),
     ("DOWNLOAD_CONCURRENCY", "65", "less than or equal to 64"),
+    ("STORAGE_URL", "file:///srv/media", "must be s3://bucket or s3://bucket/prefix"),
+    ("AWS_ENDPOINT_URL", "localhost:8333", HTTP),
     ("REPLICATE_BASE_URL", "api.replicate.com?token=s3cret", HTTP),
     ("REPLICATE_BASE_URL", "https://api.replicate.com/v1", "must be an origin without a path"),
     ("REPLICATE_TIMEOUT_SECONDS", "0", POSITIVE),
