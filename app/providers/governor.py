@@ -18,8 +18,8 @@ from redis.exceptions import RedisError
 
 KEY_PREFIX = "media:{governor}:"  # one slot, should this be a cluster
 
-# Replicate allows short bursts; this many calls may come at once after a quiet time.
-BURST = 10
+# After a quiet time the calls of one second may come at once, and always one.
+BURST_SECONDS = 1.0
 # After this many failures in a row nothing is sent but one probe per interval.
 FAILURES_TO_OPEN = 10
 PROBE_SECONDS = 10
@@ -186,7 +186,7 @@ class RedisGovernor:
         answer = await self._ask(
             lambda: self._admit(
                 keys=[_key(call, "arrival"), _key(call, "paused"), _key("failures"), _key("probe")],
-                args=[interval, BURST, FAILURES_TO_OPEN, PROBE_SECONDS],
+                args=[interval, _burst(interval), FAILURES_TO_OPEN, PROBE_SECONDS],
             )
         )
         if answer is None:
@@ -225,6 +225,10 @@ class Ungoverned:
 
     async def aclose(self) -> None:
         """See `Governor.aclose`."""
+
+
+def _burst(interval_seconds: float) -> int:
+    return max(1, round(BURST_SECONDS / interval_seconds))
 
 
 def _key(*words: str) -> str:

@@ -65,7 +65,13 @@ async def admits_at_once(governor: RedisGovernor, call: Call = Call.CREATE) -> b
 async def test_workers_share_one_rate(start: StartGovernor) -> None:
     count = await admitted_within([start(1200), start(1200)], 1.5)
     # 20 a second and the burst; the loop may be late, never early.
-    assert 20 <= count <= 20 * 1.5 + module.BURST + 1
+    assert 20 <= count <= 20 * (1.5 + module.BURST_SECONDS) + 1
+
+
+async def test_a_slow_rate_has_no_burst(start: StartGovernor) -> None:
+    governor = start(6)
+    assert await admits_at_once(governor)
+    assert not await admits_at_once(governor)
 
 
 async def test_creates_and_other_calls_are_counted_apart(start: StartGovernor) -> None:
