@@ -132,7 +132,8 @@ class ReplicateProvider:
                 yield
         except ProviderError as error:
             if error.failure_class is FailureClass.THROTTLED:
-                await self._governor.throttled(call, error.retry_after_seconds or 0)
+                pause = error.retry_after_seconds or RETRY_AFTER_BOUNDS[0]
+                await self._governor.throttled(call, pause)
             elif error.code in NO_ANSWER:
                 await self._governor.failed()
             else:
@@ -207,10 +208,10 @@ class ReplicateProvider:
         async for page in self._pages(window, at_most=PAGES_PER_FIND + 1):
             pages_read += 1
             ours = [seen for seen in page if _is_of_model(seen, request.model_name)]
-            input_deleted |= any(seen.data_removed for seen in ours)
             # Replicate has been recorded answering under another model's name than the one
             # called: where the input cannot be anybody else's, the name does not matter.
             candidates = page if request.has_own_seed else ours
+            input_deleted |= any(seen.data_removed for seen in candidates)
             matches += [seen for seen in candidates if seen.input == request.input]
         if not matches and input_deleted:
             raise ProviderError(
@@ -386,9 +387,10 @@ def _retry_after(error: APIStatusError) -> float | None:
     body = error.body if isinstance(error.body, dict) else {}
     text = re.search(r"resets in ~?(\d+(?:\.\d+)?)s", str(body.get("detail")))
     said = [error.response.headers.get("retry-after", ""), str(body.get("retry_after"))]
-    asked = [_seconds(value) for value in [*said, text[1] if text else ""]]
+    said.append(text[1] if text else "")
+    asked = [seconds for value in said if (seconds := _seconds(value)) is not None]
     low, high = RETRY_AFTER_BOUNDS
-    return min(max(low, *known), high) if (known := [s for s in asked if s is not None]) else None
+    return min(max(low, *asked), high) if asked else None
 
 
 def _seconds(value: str) -> float | None:
@@ -508,7 +510,6 @@ async def _content(response: httpx.Response) -> AsyncIterator[bytes]:
         while packed:
             yield unpacking.decompress(packed, FILE_CHUNK_BYTES)
             packed = unpacking.unconsumed_tail
-    yield unpacking.flush()  # a few kilobytes at most: all that went in is used up
     if not unpacking.eof:
         raise zlib.error("the end is missing")
 

@@ -8,6 +8,8 @@ class TestContract(StorageContract):
 
 import asyncio
 import hashlib
+import os
+import time
 from uuid import UUID, uuid4
 
 import pytest
@@ -151,6 +153,22 @@ class StorageContract:
 
     async def test_many_checks_at_once_do_not_disturb_each_other(self, storage: Storage) -> None:
         await asyncio.gather(*(storage.check() for _ in range(200)))
+
+    async def test_clean_removes_what_was_left_long_ago_and_nothing_else(
+        self, storage: Storage
+    ) -> None:
+        await put(storage, KEY, b"media")
+        await put(storage, metadata_key(UUID(int=7)), b"metadata")
+        for name, age_seconds in (("young", 0), ("old", 5000), ("older", 9000)):
+            path = storage.workspace / name
+            path.write_bytes(b"half")
+            changed_at = time.time() - age_seconds
+            os.utime(path, (changed_at, changed_at))
+        assert await storage.clean(3600) == 2
+        assert [path.name for path in storage.workspace.iterdir()] == ["young"]
+        assert await storage.clean(3600) == 0
+        assert await read(storage, KEY) == b"media"
+        assert await read(storage, metadata_key(UUID(int=7))) == b"metadata"
 
 
 async def put(storage: Storage, key: str, content: bytes) -> None:

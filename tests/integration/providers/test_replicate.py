@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest_asyncio
 from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers import replicate as module
 from app.providers.base import PredictionRequest
+from app.providers.governor import Call, Ungoverned
 from app.providers.outcome import output_values
 from app.providers.replicate import ReplicateProvider
 from tests.contracts.provider import Provide, ProviderContract, fetched, finished
@@ -76,12 +77,40 @@ def provider(shared: ReplicateProvider, double: ReplicateServer) -> ReplicatePro
     return shared
 
 
+class Reports(Ungoverned):
+    """Admits everything, and keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    async def admit(self, call: Call) -> None:
+        self.told.append(("admit", call))
+
+    async def throttled(self, call: Call, seconds: float) -> None:
+        self.told.append(("throttled", call, seconds))
+
+    async def succeeded(self) -> None:
+        self.told.append(("succeeded",))
+
+    async def failed(self) -> None:
+        self.told.append(("failed",))
+
+
 @asynccontextmanager
 async def new_provider(
-    origin: str, *, timeout_seconds: float = 10, wait: int = 0, token: str = ReplicateServer.token
+    origin: str,
+    *,
+    timeout_seconds: float = 10,
+    wait: int = 0,
+    token: str = ReplicateServer.token,
+    governor: Reports | None = None,
 ) -> AsyncIterator[ReplicateProvider]:
     made = ReplicateProvider(
-        token, origin, timeout_seconds=timeout_seconds, prefer_wait_seconds=wait
+        token,
+        origin,
+        timeout_seconds=timeout_seconds,
+        prefer_wait_seconds=wait,
+        governor=governor,
     )
     yield made
     await made.aclose()
@@ -225,6 +254,16 @@ class TestCreateOnTheWire:
         assert create.headers == {"prefer": "wait=5", "cancel-after": "60s"}
         assert prediction.status == "succeeded"
         assert prediction.output
+
+    @pytest.mark.parametrize("model", [MODEL, f"{MODEL}:{VERSION}"])
+    async def test_it_says_where_to_report(
+        self, provider: ReplicateProvider, double: ReplicateServer, model: str
+    ) -> None:
+        webhook = "https://media.example/webhooks/7"
+        await provider.create(PredictionRequest(model, INPUT, 60, webhook=webhook))
+        [create] = double.creates()
+        assert create.webhook == webhook
+        assert create.webhook_events_filter == ["start", "completed"]
 
     async def test_the_double_knows_both_forms_apart(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -979,6 +1018,16 @@ class TestFind:
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "input_deleted")
         elsewhere = PredictionRequest("acme/sculptor", INPUT, 60)
         assert await provider.find(elsewhere, LONG_AGO) == []
+        elsewhere = PredictionRequest("acme/sculptor", INPUT, 60, has_own_seed=True)
+        assert (await failure(provider.find(elsewhere, LONG_AGO))).code == "input_deleted"
+
+    async def test_by_a_seed_of_our_own_it_is_found_under_any_name(
+        self, provider: ReplicateProvider, double: ReplicateServer
+    ) -> None:
+        created = await provider.create(REQUEST)
+        for own, ids in ((True, [created.id]), (False, [])):
+            request = PredictionRequest("acme/sculptor", INPUT, 60, has_own_seed=own)
+            assert [seen.id for seen in await provider.find(request, LONG_AGO)] == ids
 
     async def test_the_token_follows_no_address_out_of_a_body(
         self, to_host: ReplicateProvider, host: Host
@@ -1222,6 +1271,87 @@ class TestCompressedFiles:
         host.reply = answer(body, content_encoding="gzip")
         error = await failure(fetched(to_host, f"{host.origin}/x.png"))
         assert error.failure_class is FailureClass.TRANSIENT
+
+
+class TestWebhookSecret:
+    async def test_it_is_the_accounts(
+        self, provider: ReplicateProvider, double: ReplicateServer
+    ) -> None:
+        double.configure(webhook_secret="whsec_c2VjcmV0")
+        assert await provider.webhook_secret() == "whsec_c2VjcmV0"
+
+    @pytest.mark.parametrize("body", [b"", b"null", b"{}", b"[]", HTML.encode()])
+    async def test_an_answer_without_it_is_asked_for_again(
+        self, to_host: ReplicateProvider, host: Host, body: bytes
+    ) -> None:
+        host.reply = answer(body)
+        error = await failure(to_host.webhook_secret())
+        assert error.failure_class is FailureClass.TRANSIENT
+
+
+class TestGovernor:
+    @pytest.mark.parametrize(
+        ("fault", "told"),
+        [
+            (None, ("succeeded",)),
+            ({"status": 422}, ("succeeded",)),  # the provider is well, the input is not
+            ({"status": 401}, ("succeeded",)),
+            ({"status": 500}, ("failed",)),
+            ({"status": 502, "body": HTML}, ("failed",)),
+            ({"status": 201, "body": HTML}, ("failed",)),
+            ({"status": 429, "headers": {"retry-after": "7"}}, ("throttled", Call.CREATE, 7)),
+            # Nothing said: a short pause, or all workers would go on as before.
+            ({"status": 429, "body": ""}, ("throttled", Call.CREATE, 1)),
+        ],
+    )
+    async def test_it_hears_how_each_create_went_once(
+        self, double: ReplicateServer, fault: dict[str, Any] | None, told: tuple[Any, ...]
+    ) -> None:
+        if fault is not None:
+            double.push_fault("create", "status", **fault)
+        governor = Reports()
+        async with new_provider(double.origin, governor=governor) as provider:
+            with suppress(ProviderError):
+                await provider.create(REQUEST)
+        assert governor.told == [told]
+
+    async def test_a_create_is_admitted_apart_from_its_call(self, double: ReplicateServer) -> None:
+        governor = Reports()
+        async with new_provider(double.origin, governor=governor) as provider:
+            await provider.admit()
+        assert governor.told == [("admit", Call.CREATE)]
+
+    async def test_every_read_is_admitted_and_reported(self, double: ReplicateServer) -> None:
+        governor = Reports()
+        async with new_provider(double.origin, governor=governor) as provider:
+            created = await provider.create(REQUEST)
+            governor.told.clear()
+            await provider.get(created.id)
+            await provider.cancel(created.id)
+            await provider.find(REQUEST, LONG_AGO)
+            await provider.input_schema(MODEL)
+            with pytest.raises(PredictionNotFound):
+                await provider.get("nosuch")
+            assert governor.told == [("admit", Call.OTHER), ("succeeded",)] * 5
+            governor.told.clear()
+            double.push_fault("get", "drop")
+            double.push_fault("list", "status", status=429, headers={"retry-after": "3"})
+            await failure(provider.get(created.id))
+            await failure(provider.find(REQUEST, LONG_AGO))
+        assert governor.told == [
+            ("admit", Call.OTHER),
+            ("failed",),
+            ("admit", Call.OTHER),
+            ("throttled", Call.OTHER, 3),
+        ]
+
+    async def test_downloads_are_not_counted(self, double: ReplicateServer) -> None:
+        governor = Reports()
+        async with new_provider(double.origin, governor=governor) as provider:
+            created = await provider.create(REQUEST)
+            governor.told.clear()
+            await fetched(provider, created.output[0])
+        assert governor.told == []
 
 
 async def test_closing_ends_every_connection(double: ReplicateServer) -> None:

@@ -108,6 +108,19 @@ class TestPng:
         with pytest.raises(BadPicture, match="damaged"):
             make_png(path, "image/png", LIMIT)
 
+    def test_a_wrong_checksum_behind_the_pixels_is_noticed(self, path: Path) -> None:
+        """Where Pillow looks no more."""
+        content = encoded(noise(), "PNG")
+        text = bytearray(chunk(b"tEXt", b"Comment\0hello"))
+        for wanted, last in (("whole", 0), ("damaged", 1)):
+            text[-1] ^= last
+            path.write_bytes(content[:-12] + text + content[-12:])
+            if wanted == "whole":
+                make_png(path, "image/png", LIMIT)
+            else:
+                with pytest.raises(BadPicture, match="damaged"):
+                    make_png(path, "image/png", LIMIT)
+
     def test_pixels_that_are_missing_behind_right_checksums_are_noticed(self, path: Path) -> None:
         path.write_bytes(header(60, 40))
         with pytest.raises(BadPicture, match="damaged"):

@@ -216,6 +216,16 @@ class TestInput:
         assert created.status == "succeeded"
 
 
+class TestWithoutAService:
+    async def test_a_create_is_always_admitted(self) -> None:
+        await MockProvider(0, 0, 0).admit()
+
+    async def test_nothing_is_reported_so_there_is_no_secret(self) -> None:
+        with pytest.raises(ProviderError) as caught:
+            await MockProvider(0, 0, 0).webhook_secret()
+        assert caught.value.failure_class is FailureClass.PERMANENT
+
+
 class TestId:
     @pytest.mark.parametrize("prompt", ["", "a", "ünïcödé 灯台 🌅", "'\"\\\n\t", "x" * 10_000])
     async def test_it_tells_everything_to_a_process_that_never_saw_the_create(
@@ -229,10 +239,12 @@ class TestId:
             assert await fetched(other, url)
 
     async def test_it_is_safe_in_an_address_and_of_bounded_length(self) -> None:
-        created = await MockProvider(0, 0, 1).create(request(prompt="🌅" * 10_000))
+        # Nothing of this can be compressed.
+        prompt = "".join(map(chr, random.Random(1).choices(range(0x4E00, 0x9FFF), k=10_000)))
+        created = await MockProvider(0, 0, 1).create(request(prompt=prompt))
         assert created.id.startswith("mock-")
         assert created.id.replace("-", "").replace("_", "").isalnum()
-        assert len(created.id) < 600
+        assert len(created.id) < 1500
 
     async def test_one_that_was_tampered_with_is_unknown(self) -> None:
         created = await MockProvider(0, 0, 0).create(request())

@@ -1,5 +1,6 @@
 """Storage in local folders: what the disk may do to it, beside the contract."""
 
+import asyncio
 import errno
 import os
 import shutil
@@ -119,6 +120,32 @@ class TestDurability:
         assert list(storage.workspace.iterdir()) == []
 
 
+class TestClean:
+    async def test_it_removes_half_copied_metadata_but_no_document_however_old(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        await put(storage, METADATA_KEY, b"metadata")
+        (tmp_path / "metadata" / ".copy").write_bytes(b"half")
+        for path in (tmp_path / "metadata").iterdir():
+            os.utime(path, (0, 0))
+        assert await storage.clean(3600) == 1
+        assert await read(storage, METADATA_KEY) == b"metadata"
+
+    async def test_a_lost_workspace_is_an_error(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        shutil.rmtree(tmp_path / "media")
+        with pytest.raises(StorageError, match="workspace"):
+            await storage.clean(3600)
+
+    async def test_many_at_once_count_every_file_once(self, storage: LocalStorage) -> None:
+        for number in range(50):
+            path = storage.workspace / str(number)
+            path.write_bytes(b"half")
+            os.utime(path, (0, 0))
+        assert sum(await asyncio.gather(*(storage.clean(3600) for _ in range(8)))) == 50
+
+
 class TestFullDisk:
     async def test_what_does_not_fit_is_an_error_and_the_old_file_stays(
         self, tmp_path: Path, small_disk: Path
@@ -172,9 +199,7 @@ class TestLostFolders:
         with pytest.raises(StorageError, match="not writable"):
             await storage.check()
 
-    async def test_an_error_never_names_a_path(
-        self, spoiled: LocalStorage, tmp_path: Path
-    ) -> None:
+    async def test_an_error_never_names_a_path(self, spoiled: LocalStorage, tmp_path: Path) -> None:
         with pytest.raises(StorageError) as caught:
             await put(spoiled, METADATA_KEY, b"content")
         assert str(tmp_path) not in str(caught.value)
