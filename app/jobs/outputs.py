@@ -61,7 +61,7 @@ class OutputKeeper:
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
-        values = list(output_values(prediction.output))
+        values = _joined(list(output_values(prediction.output)))
         if not values:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
@@ -216,6 +216,13 @@ def _promises_picture(address: str) -> bool:
         return False  # and `urlsplit` would remember it: megabytes, 128 times
     suffix = PurePosixPath(urlsplit(address).path).suffix.removeprefix(".").lower()
     return suffix in ("png", "jpg", "jpeg", "webp", "gif", "avif")
+
+
+def _joined(values: list[Any]) -> list[Any]:
+    """Language models give their text as a list of pieces: it is one output."""
+    if len(values) > 1 and all(isinstance(v, str) and not _is_address(v) for v in values):
+        return ["".join(values)]
+    return values
 
 
 def _is_address(value: Any) -> bool:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import structlog
 
-from app.errors import ProviderError
+from app.errors import FailureClass, ProviderError
 from app.jobs.models import Attempt, Charged
 from app.jobs.repository import JobRepository, Lease, Settlement
 from app.providers.base import PredictionRequest, Provider
@@ -158,7 +158,11 @@ class Recovery:
                 await self._stop_orphan(attempt)
             except ProviderError as error:
                 log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
-                return
+                if error.failure_class is not FailureClass.PERMANENT:
+                    return  # the provider is not well: later
+                # Nobody will ever know; `Cancel-After` bounds what it costs.
+                unknown = Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class)
+                await self._repository.settle_orphan(unknown)
 
     async def keep_house(self) -> None:
         """Remove what dead processes left half-written; warn of outputs that may be lost soon."""

@@ -214,6 +214,9 @@ class JobRepository:
         )
         try:
             async with self._sessions.begin() as session:
+                # The job before its attempt, as everywhere: or this and the run that has just got
+                # its answer would wait for each other.
+                await session.execute(select(jobs.id).where(jobs.id == job_id).with_for_update())
                 if await session.scalar(_submitted(attempt_id, prediction)):
                     await session.execute(job)
         except IntegrityError:
@@ -292,6 +295,8 @@ class JobRepository:
                 status=JobStatus.PROCESSING,
                 worker_id=worker_id,
                 lease_token=token,
+                # Not storing yet: whoever crashes this worker meanwhile, it is not this job.
+                phase=case((jobs.phase == JobPhase.STORING, JobPhase.WAITING), else_=jobs.phase),
                 next_attempt_at=None,
                 deadline_at=case(
                     (jobs.started_at.is_(None), _in_seconds(job_deadline_seconds)),

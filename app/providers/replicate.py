@@ -87,6 +87,7 @@ class ReplicateProvider:
         self._prefer_wait_seconds = prefer_wait_seconds
         self._timeout = httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds))
         self._tls = httpx.create_ssl_context()  # one for all: it takes 30 ms to read the roots
+        self._call_seconds = 2 * timeout_seconds + prefer_wait_seconds
         self._held = 0
         fresh = httpx.Limits(max_connections=CREATE_CONNECTIONS, max_keepalive_connections=0)
         self._creates = self._client(token, base_url, fresh)
@@ -128,8 +129,10 @@ class ReplicateProvider:
     async def _calling(self, call: Call) -> AsyncIterator[None]:
         """Classify the failures of one call, and let the governor learn from how it went."""
         try:
+            # The client bounds each read; a server that trickles would never meet that bound.
             with _classified(creating=call is Call.CREATE):
-                yield
+                async with asyncio.timeout(self._call_seconds):
+                    yield
         except ProviderError as error:
             if error.failure_class is FailureClass.THROTTLED:
                 pause = error.retry_after_seconds or RETRY_AFTER_BOUNDS[0]
@@ -328,6 +331,10 @@ def _classified(*, creating: bool) -> Iterator[None]:
         yield
     except APIError as error:
         raise _classify(error, creating=creating) from error
+    except TimeoutError as error:
+        raise ProviderError(
+            unsure, "provider_no_answer", "The provider did not answer in time."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, httpx.InvalidURL) as error:
         raise ProviderError(
             unsure, "provider_error", "The provider's answer made no sense."

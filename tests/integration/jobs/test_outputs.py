@@ -204,6 +204,10 @@ class TestNames:
         assert (row.width, row.height) == (None, None)
         assert stored == content
 
+    async def test_the_pieces_of_a_text_are_one_output(self, kept: Kept) -> None:
+        row, stored = await kept.one(["Once", " upon", " a time"])
+        assert (row.name, stored) == (f"{JOB_ID}.txt", b"Once upon a time")
+
     @pytest.mark.parametrize("text", ["a caption", "ünïcödé 🌅", "<html>as text</html>", "\ud800"])
     async def test_a_text_is_kept_as_text(self, kept: Kept, text: str) -> None:
         row, stored = await kept.one(text)
@@ -433,7 +437,7 @@ class TestNothingToKeep:
     ) -> None:
         error = await kept.refuse([PICTURE_URL] * (MAX_OUTPUTS + 1))
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
-        assert len(await kept.keep(["x"] * MAX_OUTPUTS)) == MAX_OUTPUTS
+        assert len(await kept.keep([1] * MAX_OUTPUTS)) == MAX_OUTPUTS
 
 
 def half(content: bytes) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import CapturingLogger
 
 from app.config import Settings
+from app.errors import FailureClass, ProviderError
 from app.jobs import recovery as module
 from app.jobs import repository as repository_module
 from app.jobs.models import JobStatus
@@ -193,6 +194,28 @@ class TestOrphans:
         await worker.recovery.stop_orphans()
         assert await worker.repository.orphans(10) == []
         assert replicate.creates() == []
+
+    async def test_one_that_nobody_can_tell_of_does_not_stop_the_others(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        lost, known = await worker.claim(), await worker.claim()
+        await worker.repository.begin_attempt(lost.lease, "replicate", REQUEST)
+        attempt = await worker.repository.begin_attempt(known.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(known.lease, attempt.id, prediction)
+        for claim in (lost, known):
+            for _ in range(2):
+                await worker.repository.cancel(claim.job.id)
+
+        async def find(*_: object) -> None:
+            raise ProviderError(FailureClass.PERMANENT, "input_deleted", "")
+
+        monkeypatch.setattr(worker.provider, "find", find)
+        await worker.recovery.stop_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
+        assert await worker.repository.orphans(10) == []
 
 
 class TestHousekeeping:
