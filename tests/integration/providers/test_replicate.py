@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import trustme
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers import replicate as module
@@ -35,25 +36,6 @@ INPUT = {"prompt": "a lighthouse", "seed": 7}
 REQUEST = PredictionRequest(MODEL, INPUT, cancel_after_seconds=60)
 HTML = "<html><body><h1>502 Bad Gateway</h1></body></html>"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
-
-# For 127.0.0.1, self-signed by nobody in particular, until 2120: it guards nothing.
-CERTIFICATE = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgJITuesZ9R92hkl0+
-IFgm+2I8C1EteYNruDGluFGB12yhRANCAAQNPa2KKtnLAuO9st5srXsyOT8JAxA3
-WrqwRMaO84P4MDLjeIeCFWduUe9J40K24VjKPfkH6JMZ/T0aREfy8m6x
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBbDCCARKgAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAkxMjcuMC4w
-LjEwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
-CTEyNy4wLjAuMTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABA09rYoq2csC472y
-3mytezI5PwkDEDdaurBExo7zg/gwMuN4h4IVZ25R70njQrbhWMo9+Qfokxn9PRpE
-R/LybrGjUzBRMA8GA1UdEQQIMAaHBH8AAAEwDgYDVR0PAQH/BAQDAgKEMA8GA1Ud
-EwEB/wQFMAMBAf8wHQYDVR0OBBYEFNF+Ls+opTGqg5xgpU2i9fVg8pIeMAoGCCqG
-SM49BAMCA0gAMEUCIA+vYOWA0hFHn1RCkmmHmsC5w0+Iv1Qlz+d2wCGCNlrJAiEA
-94qHQVTJsd8ruJd6D2ShznQlitzWO/CSDhc6TSwCgNY=
------END CERTIFICATE-----
-"""
 
 Fault = tuple[str, dict[str, Any]]
 
@@ -1080,11 +1062,11 @@ class TestDownload:
     async def test_another_host_does_not(
         self, double: ReplicateServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        certificate = tmp_path / "certificate.pem"
-        certificate.write_text(CERTIFICATE)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(certificate)
+        authority.issue_cert("127.0.0.1").configure_cert(tls)
         async with AsyncExitStack() as stack:
             foreign = await stack.enter_async_context(Host().running(tls))
             provider = await stack.enter_async_context(new_provider(double.origin))
