@@ -12,8 +12,8 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -30,8 +30,8 @@ from app.errors import (
     ProviderError,
     StorageError,
 )
-from app.jobs.models import Attempt, Charged, Job
-from app.jobs.outputs import OutputKeeper
+from app.jobs.models import Attempt, Charged, Job, JobPhase
+from app.jobs.outputs import DECODERS, OutputKeeper
 from app.jobs.repository import (
     SUBMIT_WINDOW_SECONDS,
     Claim,
@@ -119,6 +119,7 @@ class Lifecycle:
         self._policy = policy
         self._submitting = asyncio.Semaphore(SUBMIT_CONCURRENCY)
         self._suspects = asyncio.Lock()
+        self._decoders = asyncio.Semaphore(DECODERS)
 
     async def run(
         self, job_id: UUID, worker_id: UUID, on_claim: Callable[[Lease], None]
@@ -208,13 +209,19 @@ class Lifecycle:
         If we die before the call, or before the commit, the attempt stays `intent` and the
         next owner reconciles.
         """
-        late = time.monotonic() - intended_at > SUBMIT_WINDOW_SECONDS
-        if late and not await self._repository.may_still_submit(lease):
-            raise LeaseLost
+
+        async def may_send() -> bool:
+            nonlocal intended_at
+            while time.monotonic() - intended_at > SUBMIT_WINDOW_SECONDS:
+                intended_at = time.monotonic()
+                if not await self._repository.may_still_submit(lease, attempt.id):
+                    return False
+            return True
+
         base_url = self._policy.webhook_base_url
         webhook = f"{base_url}/{attempt.id}" if base_url else None
         with _ending(attempt):
-            prediction = await self._provider.create(replace(request, webhook=webhook))
+            prediction = await self._provider.create(replace(request, webhook=webhook), may_send)
         if not await self._repository.record_prediction(lease, attempt.id, prediction):
             # Another attempt with the same input adopted it, so that one's own may be ours.
             raise _ambiguous("The prediction was taken over by another job.")
@@ -238,6 +245,10 @@ class Lifecycle:
         Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
         no prediction, or that nobody will ever know.
         """
+        if claim.job.phase is JobPhase.SUBMITTING:
+            # The last owner may only have been paused, and sends its create until the window of
+            # the intent is over; while the phase says so, no cancel is confirmed.
+            await asyncio.sleep(SUBMIT_WINDOW_SECONDS - claim.attempt_age_seconds)
         own_seed = claim.job.parameters.get("seed") is None and "seed" in attempt.input
         request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
         try:
@@ -285,12 +296,28 @@ class Lifecycle:
         If we die anywhere in here, the next owner downloads again and writes the same files.
         """
         still_ours = partial(self._repository.begin_storing, claim.lease)
-        # A job whose worker crashed while storing is stored apart from the other suspects: so
-        # the one that kills its worker again is alone in being counted.
-        async with self._suspects if claim.job.crash_count else nullcontext():
-            with _ending(attempt, prediction, permanent_only=True):
-                outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours)
-            await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+        decoding = partial(self._decoding, claim)
+        with _ending(attempt, prediction, permanent_only=True):
+            outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours, decoding)
+        await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+
+    @asynccontextmanager
+    async def _decoding(self, claim: Claim) -> AsyncIterator[None]:
+        """Have the row say that this job will have crashed the worker, if it does.
+
+        A job that may have done so before is decoded alone: whoever is counted twice is guilty.
+        """
+        is_suspect = claim.job.crash_count > 0
+        async with AsyncExitStack() as turns:
+            if is_suspect:
+                await turns.enter_async_context(self._suspects)
+            for _ in range(DECODERS if is_suspect else 1):
+                await turns.enter_async_context(self._decoders)
+            await self._repository.begin_decoding(claim.lease)
+            try:
+                yield
+            finally:
+                await self._repository.end_decoding(claim.lease)
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None
@@ -337,9 +364,9 @@ async def _uninterrupted(creating: Coroutine[Any, Any, Prediction]) -> Predictio
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        # Retrieved whenever it comes, or asyncio would report the failure as forgotten.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.wait([task], timeout=CREATE_GRACE_SECONDS)
-        if task.done() and not task.cancelled():
-            task.exception()  # retrieved, or asyncio would report it as forgotten
         raise
 
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,9 @@ from app.storage.base import Storage, media_key, metadata_key
 MAX_OUTPUTS = 100
 # Decoding is CPU: more at once would only make each of them late.
 DECODERS = 2
+
+
+Decoding = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class OutputKeeper:
@@ -53,11 +56,12 @@ class OutputKeeper:
         attempt: Attempt,
         prediction: Prediction,
         checkpoint: Callable[[], Awaitable[None]],
+        decoding: Decoding = nullcontext,
     ) -> list[Output]:
         """Store every output and then the metadata document.
 
         `checkpoint` is awaited before each download and before each write that others could
-        see, and may raise to stop.
+        see, and may raise to stop. Each picture is decoded inside a `decoding()`.
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
@@ -69,31 +73,38 @@ class OutputKeeper:
         outputs = []
         for index, value in enumerate(values):
             async with self._downloads:
-                outputs.append(await self._keep_one(job.id, index, value, checkpoint))
+                outputs.append(await self._keep_one(job.id, index, value, checkpoint, decoding))
         document = metadata_document(job, attempt, prediction, outputs)
         await self._put_metadata(job.id, document, checkpoint)
         return outputs
 
     async def _keep_one(
-        self, job_id: UUID, index: int, value: Any, checkpoint: Callable[[], Awaitable[None]]
+        self,
+        job_id: UUID,
+        index: int,
+        value: Any,
+        checkpoint: Callable[[], Awaitable[None]],
+        decoding: Decoding,
     ) -> Output:
         await checkpoint()
         path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
         try:
-            output = await self._make(job_id, index, value, path)
+            output = await self._make(job_id, index, value, path, decoding)
             await checkpoint()
             await self._storage.put(media_key(output.name), path)
         finally:
             await asyncio.to_thread(_forget, path)
         return output
 
-    async def _make(self, job_id: UUID, index: int, value: Any, path: Path) -> Output:
+    async def _make(
+        self, job_id: UUID, index: int, value: Any, path: Path, decoding: Decoding
+    ) -> Output:
         """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 head = await self._fetch(value, path)
             media_type = _media_type(value, head)
-            width, height = await self._check(path, media_type)
+            width, height = await self._check(path, media_type, decoding)
             if width is not None:
                 media_type = sniff.PNG
             size_bytes, sha256 = await asyncio.to_thread(_measure, path)
@@ -141,12 +152,14 @@ class OutputKeeper:
         else:
             yield json.dumps(value).encode()
 
-    async def _check(self, path: Path, media_type: str) -> tuple[int, int] | tuple[None, None]:
+    async def _check(
+        self, path: Path, media_type: str, decoding: Decoding
+    ) -> tuple[int, int] | tuple[None, None]:
         if media_type == "text/html":
             raise _refused("invalid_output", "The output is a web page, not a file.")
         if media_type not in sniff.PICTURES:
             return None, None
-        async with self._decodes:
+        async with self._decodes, decoding():
             try:
                 return await asyncio.to_thread(picture.make_png, path, media_type, self._max_pixels)
             except picture.BadPicture as error:

@@ -295,8 +295,6 @@ class JobRepository:
                 status=JobStatus.PROCESSING,
                 worker_id=worker_id,
                 lease_token=token,
-                # Not storing yet: whoever crashes this worker meanwhile, it is not this job.
-                phase=case((jobs.phase == JobPhase.STORING, JobPhase.WAITING), else_=jobs.phase),
                 next_attempt_at=None,
                 deadline_at=case(
                     (jobs.started_at.is_(None), _in_seconds(job_deadline_seconds)),
@@ -342,18 +340,25 @@ class JobRepository:
             )
             return result.scalar_one()
 
-    async def may_still_submit(self, lease: Lease) -> bool:
-        """Tell whether the create call of a committed intent may begin now.
+    async def may_still_submit(self, lease: Lease, attempt_id: UUID) -> bool:
+        """Tell whether the create call of a committed intent may begin now; if so, renew it.
 
         Asked when more than `SUBMIT_WINDOW_SECONDS` have gone by since the intent (the process
-        was paused, say): by now a cancel may be confirmed or another worker in charge.
+        was paused, say): by now a cancel may be confirmed or another worker in charge. Who takes
+        over from now on waits as long as after a fresh intent before it calls the create lost.
         """
+        intent = (
+            update(Attempt)
+            .where(attempts.id == attempt_id, attempts.state == AttemptState.INTENT)
+            .values(created_at=func.now())
+            .returning(attempts.id)
+        )
         try:
             async with self._sessions.begin() as session:
                 await _expect(session, _guarded(lease).values(phase=JobPhase.SUBMITTING))
+                return await session.scalar(intent) is not None
         except LeaseLost:
             return False
-        return True
 
     async def record_prediction(
         self, lease: Lease, attempt_id: UUID, prediction: Prediction
@@ -387,6 +392,20 @@ class JobRepository:
         """
         async with self._sessions.begin() as session:
             await _expect(session, _guarded(lease).values(phase=JobPhase.STORING))
+
+    async def begin_decoding(self, lease: Lease) -> None:
+        """Count a crash in advance: decoding a file is what may kill the worker.
+
+        Raises: LeaseLost.
+        """
+        async with self._sessions.begin() as session:
+            await _expect(session, _guarded(lease).values(crash_count=jobs.crash_count + 1))
+
+    async def end_decoding(self, lease: Lease) -> None:
+        """Take back what `begin_decoding` has counted: the worker lives."""
+        statement = _guarded(lease, cancelling=True).values(crash_count=jobs.crash_count - 1)
+        async with self._sessions.begin() as session:
+            await session.execute(statement)
 
     async def retry_later(
         self,
@@ -493,16 +512,12 @@ class JobRepository:
             return ids.all()
 
     async def release_dead(self, lease_seconds: float) -> Sequence[UUID]:
-        """Free the jobs of workers that have been silent for longer than their lease.
-
-        A job that was being stored counts the crash: decoding a file is what may have been its
-        cause. `fail_poisoned` ends the job that was there each time.
-        """
+        """Free the jobs of workers that have been silent for longer than their lease."""
         fresh = workers.heartbeat_at >= _in_seconds(-lease_seconds)
         owner_lives = select(workers.id).where(workers.id == jobs.worker_id, fresh)
         gone = workers.heartbeat_at < _in_seconds(-10 * lease_seconds)
         async with self._sessions.begin() as session:
-            ids = await session.scalars(_release(~owner_lives.exists(), crashed=True))
+            ids = await session.scalars(_release(~owner_lives.exists()))
             await session.execute(delete(Worker).where(gone))
             return ids.all()
 
@@ -543,7 +558,7 @@ class JobRepository:
         return [*queued, *begun]
 
     async def fail_poisoned(self, limit: int) -> Sequence[UUID]:
-        """Fail unowned jobs whose worker crashed `MAX_CRASHES` times while storing them."""
+        """Fail unowned jobs whose worker crashed `MAX_CRASHES` times while decoding them."""
         poisoned = and_(jobs.worker_id.is_(None), jobs.crash_count >= MAX_CRASHES)
         return await self._fail_all(
             poisoned, limit, "poisoned", "Storing the output crashed the worker each time."
@@ -682,13 +697,12 @@ def _settle(settlement: Settlement) -> Update:
     )
 
 
-def _release(condition: ColumnElement[bool], *, crashed: bool = False) -> Any:
+def _release(condition: ColumnElement[bool]) -> Any:
     """Processing jobs stay `processing` without an owner: the next one resumes them."""
-    was_storing = case((jobs.phase == JobPhase.STORING, 1), else_=0) if crashed else 0
     return (
         update(Job)
         .where(jobs.status == JobStatus.PROCESSING, jobs.worker_id.is_not(None), condition)
-        .values(worker_id=None, ring_at=func.now(), crash_count=jobs.crash_count + was_storing)
+        .values(worker_id=None, ring_at=func.now())
         .returning(jobs.id)
     )
 
@@ -718,7 +732,8 @@ def _finish_cancel(condition: ColumnElement[bool]) -> Any:
 
 
 def _first_asked() -> ColumnElement[datetime]:
-    return func.coalesce(jobs.cancel_requested_at, func.now())
+    # Not `now()`: the transaction may have begun before the intent that it must outwait.
+    return func.coalesce(jobs.cancel_requested_at, func.clock_timestamp())
 
 
 def _ended() -> dict[str, Any]:

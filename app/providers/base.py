@@ -1,11 +1,16 @@
 """What the service asks of a prediction service, in words that any of them can answer."""
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from app.errors import FailureClass, ProviderError
+
 TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
+
+# Asked at the last moment before a create call is sent.
+MaySend = Callable[[], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,13 @@ class Prediction:
         return self.status in TERMINAL_STATES
 
 
+def called_off() -> ProviderError:
+    """Return the error of a create that `may_send` has stopped: nothing was sent."""
+    return ProviderError(
+        FailureClass.INTERNAL, "create_called_off", "The create call was not sent."
+    )
+
+
 class Provider(Protocol):
     """A prediction service. Every method may raise `ProviderError`, classified by the adapter.
 
@@ -61,11 +73,14 @@ class Provider(Protocol):
         """
         ...
 
-    async def create(self, request: PredictionRequest) -> Prediction:
+    async def create(
+        self, request: PredictionRequest, may_send: MaySend | None = None
+    ) -> Prediction:
         """Start one prediction; may return it finished.
 
         Raises: ProviderError - AMBIGUOUS whenever the provider may have accepted the call;
-        TRANSIENT, THROTTLED and PERMANENT only when it certainly has not.
+        TRANSIENT, THROTTLED and PERMANENT only when it certainly has not; INTERNAL when
+        `may_send`, asked once all that takes time is done (connecting, say), called it off.
         """
         ...
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers import pictures
-from app.providers.base import Prediction, PredictionRequest
+from app.providers.base import MaySend, Prediction, PredictionRequest, called_off
 
 PREFIX = "mock-"
 PROMPT_CHARS = 200  # a little more than a picture can show
@@ -105,8 +105,12 @@ class MockProvider:
     async def admit(self) -> None:
         """See `Provider.admit`: the mock has no limits."""
 
-    async def create(self, request: PredictionRequest) -> Prediction:
+    async def create(
+        self, request: PredictionRequest, may_send: MaySend | None = None
+    ) -> Prediction:
         """See `Provider.create`."""
+        if may_send is not None and not await may_send():
+            raise called_off()
         given = request.input
         run = _Run(
             model=request.model_name,

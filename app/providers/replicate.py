@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -27,7 +28,7 @@ from replicate import (
 )
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import Prediction, PredictionRequest
+from app.providers.base import MaySend, Prediction, PredictionRequest, called_off
 from app.providers.governor import Call, Governor, Ungoverned
 from app.providers.outcome import MESSAGE_CHARS
 
@@ -105,7 +106,11 @@ class ReplicateProvider:
             max_retries=0,  # the package would repeat a create on time-outs and 5xx
             timeout=self._timeout,
             http_client=httpx.AsyncClient(
-                limits=limits, timeout=self._timeout, follow_redirects=False, verify=self._tls
+                limits=limits,
+                timeout=self._timeout,
+                follow_redirects=False,
+                verify=self._tls,
+                event_hooks={"request": [_ask_before_sending]},
             ),
         )
 
@@ -115,14 +120,18 @@ class ReplicateProvider:
         """See `Provider.admit`."""
         await self._governor.admit(Call.CREATE)
 
-    async def create(self, request: PredictionRequest) -> Prediction:
+    async def create(
+        self, request: PredictionRequest, may_send: MaySend | None = None
+    ) -> Prediction:
         """See `Provider.create`. Waits for the result only while few others do."""
         wait = self._prefer_wait_seconds if self._held < HELD_WAITS else 0
         self._held += bool(wait)
+        asking = _may_send.set(may_send)
         try:
             async with self._calling(Call.CREATE):
                 return _prediction(await self._send(request, wait))
         finally:
+            _may_send.reset(asking)
             self._held -= bool(wait)
 
     @asynccontextmanager
@@ -139,7 +148,7 @@ class ReplicateProvider:
                 await self._governor.throttled(call, pause)
             elif error.code in NO_ANSWER:
                 await self._governor.failed()
-            else:
+            elif error.failure_class is not FailureClass.INTERNAL:
                 await self._governor.succeeded()
             raise
         await self._governor.succeeded()
@@ -191,16 +200,24 @@ class ReplicateProvider:
         return found
 
     async def _poll(self, wanted: set[str], found: dict[str, Prediction]) -> None:
-        pages = PAGES_PER_POLL + len(wanted) // PAGE_PREDICTIONS
         if len(wanted) > 1:
-            async for page in self._pages({}, at_most=pages):
-                found.update({seen.id: seen for seen in page if seen.id in wanted})
-                if len(found) == len(wanted):
-                    return
+            try:
+                await self._poll_list(wanted, found)
+            except ProviderError as error:
+                if error.failure_class is FailureClass.THROTTLED:
+                    raise
+                # The list may be broken alone: then each prediction can still be read by itself.
         missing = sorted(wanted - found.keys())
         # Others every time: a few that run for long must not hide the rest.
         for prediction_id in random.sample(missing, min(len(missing), GETS_PER_POLL)):
             found[prediction_id] = await self.get(prediction_id)
+
+    async def _poll_list(self, wanted: set[str], found: dict[str, Prediction]) -> None:
+        pages = PAGES_PER_POLL + len(wanted) // PAGE_PREDICTIONS
+        async for page in self._pages({}, at_most=pages):
+            found.update({seen.id: seen for seen in page if seen.id in wanted})
+            if len(found) == len(wanted):
+                return
 
     async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
         """See `Provider.find`: the list has no filter but time, and echoes the input."""
@@ -324,6 +341,38 @@ class ReplicateProvider:
         await asyncio.gather(*closing)
 
 
+class _CalledOff(Exception):
+    """`may_send` said no, or could not say."""
+
+
+_may_send: ContextVar[MaySend | None] = ContextVar("may_send", default=None)
+
+
+async def _ask_before_sending(request: httpx.Request) -> None:
+    """Have the connection ask `may_send` when it is made and nothing is sent yet.
+
+    To connect takes time, in which the job may have been cancelled or taken over.
+    """
+    may_send = _may_send.get()
+    if may_send is None:
+        return
+
+    async def trace(event: str, _: object) -> None:
+        if event == "http11.send_request_headers.started":
+            await _raise_unless(may_send)
+
+    request.extensions["trace"] = trace
+
+
+async def _raise_unless(may_send: MaySend) -> None:
+    try:
+        allowed = await may_send()
+    except Exception as error:
+        raise _CalledOff from error
+    if not allowed:
+        raise _CalledOff
+
+
 @contextmanager
 def _classified(*, creating: bool) -> Iterator[None]:
     unsure = FailureClass.AMBIGUOUS if creating else FailureClass.TRANSIENT
@@ -348,6 +397,8 @@ def _classify(error: APIError, *, creating: bool) -> ProviderError:
         return refusal or ProviderError(
             unsure, "provider_error", f"The provider answered with status {error.status_code}."
         )
+    if isinstance(error.__cause__, _CalledOff):
+        return called_off()
     if isinstance(error, APIConnectionError) and isinstance(error.__cause__, NOT_SENT):
         return ProviderError(
             FailureClass.TRANSIENT, "provider_unreachable", "The provider could not be reached."

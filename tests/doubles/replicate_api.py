@@ -37,6 +37,7 @@ from tests.doubles.replicate_settings import (
     Fault,
     Kind,
 )
+from tests.doubles.replicate_webhooks import Webhooks
 
 Handler = Callable[[Request], Awaitable[Reply]]
 
@@ -48,8 +49,9 @@ NOT_FOUND = "The requested resource could not be found."
 class ReplicateApi:
     """The part of Replicate's HTTP API that the service uses, and the output files."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, webhooks: Webhooks) -> None:
         self.ledger = ledger
+        self.webhooks = webhooks
 
     def routes(self) -> list[Route]:
         prediction, model = "/v1/predictions/{prediction_id}", "/v1/models/{owner}/{name}"
@@ -81,6 +83,9 @@ class ReplicateApi:
     def _admit(self, kind: Kind, request: Request) -> None:
         """Count the request, then refuse it for its token or for the rate limit."""
         self.ledger.requests[kind] += 1
+        request.state.called_at = time.time()
+        if kind == "create":
+            self.ledger.create_calls.append(request.state.called_at)
         if kind == "download":
             self._note_download(request)
             return
@@ -144,8 +149,10 @@ class ReplicateApi:
 
     def _accept(self, request: Request, body: dict[str, Any], model: str, version: str) -> Reply:
         settings = self.ledger.settings
-        create = create_request(body, request.headers, model, version, settings)
-        return CreatedReply(self.ledger.accept(create), settings, _origin(request))
+        create = create_request(request, body, model, version, settings)
+        prediction, origin = self.ledger.accept(create), _origin(request)
+        start_webhook = self.webhooks.report_on(prediction, settings, origin)
+        return CreatedReply(prediction, settings, origin, start_webhook)
 
     async def get_prediction(self, request: Request) -> Reply:
         return JSONResponse(self._body(self._prediction(request), request))

@@ -1,9 +1,9 @@
 """The JSON that goes in and out of the Replicate double: create requests and prediction objects."""
 
+import asyncio
 import base64
 import re
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,9 +51,10 @@ def _check_types(body: dict[str, Any]) -> None:
 
 
 def create_request(
-    body: dict[str, Any], headers: Mapping[str, str], model: str, version: str, settings: Settings
+    request: Request, body: dict[str, Any], model: str, version: str, settings: Settings
 ) -> CreateRequest:
     """What a create call asks for. Problem 422: an input or a header that is not accepted."""
+    headers = request.headers
     invalid = list(invalid_fields(body["input"])) if settings.schemas else []
     if invalid:
         detail = "".join(f"- {field['field']}: {field['description']}\n" for field in invalid)
@@ -69,6 +70,7 @@ def create_request(
         cancel_after_seconds=_cancel_after_seconds(
             headers.get("cancel-after"), settings.minimum_cancel_after_seconds
         ),
+        called_at=request.state.called_at,
     )
 
 
@@ -97,21 +99,31 @@ def _cancel_after_seconds(text: str | None, minimum_seconds: float) -> float | N
 class CreatedReply:
     """The answer to a create: held as long as `Prefer` asks, rendered when it leaves.
 
-    201: the prediction; 202: the hold is over and the output is not complete.
+    201: the prediction; 202: the hold is over and the output is not complete. It leaves after the
+    task `after`, if one is given.
     """
 
-    def __init__(self, prediction: Prediction, settings: Settings, origin: str) -> None:
+    def __init__(
+        self,
+        prediction: Prediction,
+        settings: Settings,
+        origin: str,
+        after: asyncio.Task[None] | None = None,
+    ) -> None:
         self.headers = MutableHeaders({"location": prediction_urls(prediction, origin)["get"]})
         if prediction.request.hold_seconds:
             self.headers["preference-applied"] = "wait"
         self._prediction = prediction
         self._settings = settings
         self._origin = origin
+        self._after = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         hold_seconds = self._prediction.request.hold_seconds
         if hold_seconds:
             await self._prediction.settle(hold_seconds)
+        if self._after is not None:
+            await asyncio.wait([self._after])
         now = time.time()
         done = self._prediction.has_output(now) or self._prediction.status_at(now) in TERMINAL
         body = prediction_body(self._prediction, self._settings, self._origin, now)

@@ -8,6 +8,7 @@ from starlette.routing import Route
 from tests.doubles.replicate_ledger import Ledger
 from tests.doubles.replicate_replies import Problem
 from tests.doubles.replicate_settings import Fault, Settings
+from tests.doubles.replicate_webhooks import Webhooks
 
 FAULT = TypeAdapter(Fault)
 
@@ -15,8 +16,9 @@ FAULT = TypeAdapter(Fault)
 class ControlApi:
     """What tests use to script the double and to read its ledger; needs no token."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, webhooks: Webhooks) -> None:
         self.ledger = ledger
+        self.webhooks = webhooks
 
     def routes(self) -> list[Route]:
         return [
@@ -31,6 +33,7 @@ class ControlApi:
         return JSONResponse(self.ledger.snapshot())
 
     async def reset(self, request: Request) -> Response:
+        self.webhooks.reset()
         self.ledger.reset()
         return Response(status_code=204)
 

@@ -30,6 +30,7 @@ class CreateRequest:
     headers: dict[str, str]  # the ones that change what happens: prefer, cancel-after
     hold_seconds: float
     cancel_after_seconds: float | None
+    called_at: float  # when the call came in: faults may have delayed its effect
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,16 @@ class Download:
 
 
 @dataclass(kw_only=True)
+class WebhookCall:
+    """One copy of a webhook as it was sent; status 0: no answer."""
+
+    event: str
+    sent_at: str
+    status: int
+    seconds: float
+
+
+@dataclass(kw_only=True)
 class LedgerEntry:
     """What the ledger tells about one accepted create."""
 
@@ -49,6 +60,7 @@ class LedgerEntry:
     model: str
     version: str
     input: dict[str, Any]
+    called_at: str
     created_at: str
     status: str  # at the time of asking
     headers: dict[str, str]
@@ -57,6 +69,7 @@ class LedgerEntry:
     reply_delivered: bool  # the create call was answered with this prediction
     cancel_calls: list[str]  # when, ISO 8601
     downloads: list[Download]
+    webhook_calls: list[WebhookCall]
 
 
 class Prediction:
@@ -74,6 +87,7 @@ class Prediction:
         self.reply_delivered = False
         self.cancel_calls: list[str] = []
         self.downloads: list[Download] = []
+        self.webhook_calls: list[WebhookCall] = []
         self._canceled = asyncio.Event()
         done_at = created_at + settings.latency_seconds
         self.timeline = [
@@ -136,17 +150,24 @@ class Prediction:
     async def settle(self, hold_seconds: float) -> None:
         """Wait until the output is complete or the prediction terminal, `hold_seconds` at most."""
         until = time.time() + hold_seconds
-        while (left := min(until, self._settles_at()) - time.time()) > 0:
+        await self._pass(min(until, self._ends_at(), self.output_at))
+
+    async def ended(self) -> None:
+        """Wait until the prediction is terminal, for ever if need be."""
+        await self._pass(self._ends_at())
+
+    async def _pass(self, at: float) -> None:
+        """Return at this time, or as soon as the prediction is canceled."""
+        while (left := at - time.time()) > 0:
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(None if left == math.inf else left):
                     await self._canceled.wait()
             except TimeoutError:
                 continue  # timers may fire a little early: look at the clock again
             return
 
-    def _settles_at(self) -> float:
-        ends_at = next((at for at, status in self.timeline if status in TERMINAL), math.inf)
-        return min(ends_at, self.output_at)
+    def _ends_at(self) -> float:
+        return next((at for at, status in self.timeline if status in TERMINAL), math.inf)
 
     def entry(self, now: float) -> LedgerEntry:
         return LedgerEntry(
@@ -154,6 +175,7 @@ class Prediction:
             model=self.request.model,
             version=self.request.version,
             input=self.request.input,
+            called_at=iso(self.request.called_at),
             created_at=iso(self.created_at),
             status=self.status_at(now),
             headers=self.request.headers,
@@ -162,6 +184,7 @@ class Prediction:
             reply_delivered=self.reply_delivered,
             cancel_calls=self.cancel_calls,
             downloads=self.downloads,
+            webhook_calls=self.webhook_calls,
         )
 
 
@@ -186,6 +209,7 @@ class Ledger:
         self.by_id: dict[str, Prediction] = {}
         self.model_of_version: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
+        self.create_calls: list[float] = []
         self.faults_fired: Counter[str] = Counter()
         self.faults: list[Fault] = []
         self.configure(Settings())
@@ -251,10 +275,11 @@ class Ledger:
         return bisect_left(self.predictions, at, key=lambda prediction: prediction.created_at)
 
     def snapshot(self) -> dict[str, Any]:
-        """The ledger as JSON: `creates` in order of creation, `requests`, `faults_fired`."""
+        """The ledger as JSON: `creates` in order of creation, and what was counted."""
         now = time.time()
         return {
             "creates": [asdict(prediction.entry(now)) for prediction in self.predictions],
+            "create_calls": [iso(at) for at in self.create_calls],
             "requests": dict(self.requests),
             "faults_fired": dict(self.faults_fired),
         }

@@ -36,6 +36,7 @@ from tests.doubles.replicate_api import ReplicateApi
 from tests.doubles.replicate_control import ControlApi
 from tests.doubles.replicate_ledger import Ledger, LedgerEntry
 from tests.doubles.replicate_replies import Problem
+from tests.doubles.replicate_webhooks import Webhooks
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_SECONDS = 30.0
@@ -49,6 +50,7 @@ class LedgerSnapshot:
     """The double's memory at one moment."""
 
     creates: list[LedgerEntry]  # every accepted create, in order
+    create_calls: list[str]  # when create calls came in, refused ones included; ISO 8601
     requests: dict[str, int]  # by kind: create, get, list, cancel, models, download, throttled ...
     faults_fired: dict[str, int]  # by "<on> <kind>"
 
@@ -203,9 +205,9 @@ def _config(port: int, parent_pid: int | None) -> uvicorn.Config:
 
 
 def _app() -> Starlette:
-    ledger = Ledger()
+    ledger, webhooks = Ledger(), Webhooks()
     return Starlette(
-        routes=ReplicateApi(ledger).routes() + ControlApi(ledger).routes(),
+        routes=ReplicateApi(ledger, webhooks).routes() + ControlApi(ledger, webhooks).routes(),
         exception_handlers={Problem: _refuse, HTTPException: _refuse_route},
     )
 

@@ -15,6 +15,9 @@ EXCHANGE_FAULTS = frozenset(
     {"status", "drop", "delay", "accept_then_drop", "accept_then_delay", "accept_then_status"}
 )
 FATE_FAULTS = frozenset({"fail", "status_sequence", "processing_with_output", "output"})
+# Where a service under test claims to be reachable: webhooks must go to https.
+WEBHOOK_ORIGIN = "https://media.test"
+
 FILE_FAULTS = frozenset(
     {"truncate", "cut", "html", "empty", "slow", "wrong_content_type", "bytes", "flood"}
 )
@@ -42,6 +45,12 @@ class Settings(BaseModel):
     creates_per_minute: float | None = None  # None: unlimited
     creates_burst: int = 1
     webhook_secret: str = "whsec_" + base64.b64encode(b"replicate-test-double-01").decode()
+    # As they are at a prediction's creation:
+    webhook_rewrite: str | None = None  # the origin that https://media.test is; None: no webhooks
+    webhook_delay_seconds: float = 0  # from the event to its webhook
+    webhook_copies: int = 1  # of each webhook, sent at once
+    webhook_before_reply: bool = False  # a create is answered after its `start` webhook
+    webhook_reversed: bool = False  # `start` is sent after `completed`
 
     def is_official(self, model: str) -> bool:
         return self.all_official or model in self.official_models

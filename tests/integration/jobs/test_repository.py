@@ -115,7 +115,7 @@ class TestLease:
         ):
             with pytest.raises(LeaseLost):
                 await late_write
-        assert not await repository.may_still_submit(old.lease)
+        assert not await repository.may_still_submit(old.lease, attempt.id)
         assert (await reload(repository, old.job.id)).model_dump() == before
         assert await repository.outputs([old.job.id]) == {}
 
@@ -165,12 +165,12 @@ class TestCancel:
 
     async def test_no_create_begins_after_it_was_asked_for(self, repository: JobRepository) -> None:
         claim = await claimed(repository)
-        await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
         job = await repository.cancel(claim.job.id)
         assert job is not None
         assert (job.status, job.phase) == (JobStatus.PROCESSING, JobPhase.SUBMITTING)
         assert job.cancel_requested_at is not None
-        assert not await repository.may_still_submit(claim.lease)
+        assert not await repository.may_still_submit(claim.lease, attempt.id)
 
     async def test_a_waiting_job_is_cancelled_at_once_and_sticks(
         self, repository: JobRepository
@@ -271,11 +271,13 @@ class TestSweep:
 
 
 class TestPoison:
-    async def crash(self, repository: JobRepository, job_id: UUID, *, storing: bool) -> None:
+    async def crash(self, repository: JobRepository, job_id: UUID, *, decoding: bool) -> None:
         claim = await repository.claim(job_id, uuid4(), 60)
         assert claim is not None
-        if storing:
-            await repository.begin_storing(claim.lease)
+        await repository.begin_storing(claim.lease)
+        await repository.begin_decoding(claim.lease)
+        if not decoding:
+            await repository.end_decoding(claim.lease)
         await repository.release_dead(60)
 
     async def test_a_job_that_crashes_its_worker_each_time_fails(
@@ -284,16 +286,16 @@ class TestPoison:
         job_id = await add(repository)
         for crashes in range(3):
             assert await repository.fail_poisoned(10) == [], crashes
-            await self.crash(repository, job_id, storing=True)
+            await self.crash(repository, job_id, decoding=True)
         assert await repository.fail_poisoned(10) == [job_id]
         assert (await reload(repository, job_id)).error_code == "poisoned"
 
-    async def test_jobs_that_only_waited_meanwhile_are_unharmed(
+    async def test_jobs_that_were_not_decoded_just_then_are_unharmed(
         self, repository: JobRepository
     ) -> None:
         job_id = await add(repository)
         for _ in range(5):
-            await self.crash(repository, job_id, storing=False)
+            await self.crash(repository, job_id, decoding=False)
         assert await repository.fail_poisoned(10) == []
 
     async def test_a_hand_back_is_no_crash(self, repository: JobRepository) -> None:

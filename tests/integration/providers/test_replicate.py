@@ -787,10 +787,26 @@ class TestReads:
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         double.push_fault("list", "status", status=404, times=None)
-        for call in (provider.find(REQUEST, LONG_AGO), provider.poll(["p1", "p2"])):
-            error = await failure(call)
-            assert error.failure_class is FailureClass.TRANSIENT
-            assert not isinstance(error, PredictionNotFound)
+        error = await failure(provider.find(REQUEST, LONG_AGO))
+        assert error.failure_class is FailureClass.TRANSIENT
+        assert not isinstance(error, PredictionNotFound)
+
+    @pytest.mark.parametrize("status", [403, 404, 500])
+    async def test_without_the_list_each_prediction_is_read(
+        self, provider: ReplicateProvider, double: ReplicateServer, status: int
+    ) -> None:
+        ids = await created_ids(provider, 3)
+        double.push_fault("list", "status", status=status, times=None)
+        assert (await provider.poll(ids)).keys() == set(ids)
+
+    async def test_a_throttled_list_is_not_followed_by_more_calls(
+        self, provider: ReplicateProvider, double: ReplicateServer
+    ) -> None:
+        ids = await created_ids(provider, 3)
+        double.push_fault("list", "status", status=429, times=None)
+        error = await failure(provider.poll(ids))
+        assert error.failure_class is FailureClass.THROTTLED
+        assert double.ledger().requests.get("get", 0) == 0
 
     async def test_a_model_that_is_not_found_is_no_missing_prediction(
         self, provider: ReplicateProvider, double: ReplicateServer
