@@ -80,6 +80,33 @@ class ProviderContract:
         created = await asyncio.gather(*(provider.create(REQUEST) for _ in range(5)))
         assert len({prediction.id for prediction in created}) == 5
 
+    async def test_a_create_that_is_called_off_is_not_made(self, provide: Provide) -> None:
+        provider = provide(LONG_SECONDS)
+        began = datetime.now(UTC) - timedelta(seconds=1)
+
+        async def no() -> bool:
+            return False
+
+        async def unsure() -> bool:
+            raise ConnectionError
+
+        for may_send in (no, unsure):
+            with pytest.raises((ProviderError, ConnectionError)) as caught:
+                await provider.create(REQUEST, may_send)
+            if isinstance(caught.value, ProviderError):
+                assert caught.value.failure_class is FailureClass.INTERNAL
+        assert await provider.find(REQUEST, began) == []
+
+    async def test_a_create_that_may_be_sent_is_made_once(self, provide: Provide) -> None:
+        asked = []
+
+        async def yes() -> bool:
+            asked.append(True)
+            return True
+
+        assert (await provide(LONG_SECONDS).create(REQUEST, yes)).id
+        assert asked == [True]
+
     async def test_an_input_of_the_wrong_type_is_refused_for_good(self, provide: Provide) -> None:
         request = PredictionRequest(MODEL, {**INPUT, "width": "wide"}, 60)
         with pytest.raises(ProviderError) as caught:

@@ -1,0 +1,116 @@
+"""A disk that is full, read-only or broken, and deaths while storing: F26, F27, F28."""
+
+import base64
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.faults.harness import Stack, StartStack, wait_for
+from tests.faults.oracle import check
+from tests.faults.report import Scenario, full_only, sized
+from tests.faults.test_workers import keep_workers
+
+SMALL = "size=8m"
+LARGE = "size=256m"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An 8 MiB file system where the stack will keep its files; needs root on Linux."""
+    folder = tmp_path / "0" / "storage"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", SMALL, "none", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+def _serve_noise(stack: Stack) -> None:
+    """Every output is a PNG of 1 MiB that no compression makes smaller."""
+    side = 592
+    noise = Image.frombytes("RGB", (side, side), random.Random(1).randbytes(side * side * 3))
+    encoded = BytesIO()
+    noise.save(encoded, "PNG", compress_level=0)
+    body = base64.b64encode(encoded.getvalue()).decode()
+    stack.replicate.push_fault("download", "bytes", times=None, body_base64=body)
+
+
+def test_f26_the_disk_is_full(
+    small_disk: Path, start_stack: StartStack, scenario: Scenario
+) -> None:
+    """40 jobs of 1 MiB on a disk of 8 MiB that grows after 20 s: nothing torn, all finish."""
+    jobs = sized(16, 40)
+    stack = start_stack()
+    _serve_noise(stack)
+    stack.post(jobs)
+    wait_for(lambda: "storage_failed" in stack.log_text(), "a full disk")
+    time.sleep(sized(3, 20))
+    assert stack.counts().get("completed", 0) < jobs
+    _remount(small_disk, LARGE)
+    rest_seconds = stack.wait_until_done(60)
+    scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
+
+
+@full_only
+def test_f27_the_disk_is_read_only(
+    small_disk: Path, start_stack: StartStack, scenario: Scenario
+) -> None:
+    """50 jobs on a disk that is read-only for 20 s: as F26."""
+    _remount(small_disk, LARGE)
+    stack = start_stack()
+    stack.replicate.configure(latency_seconds=2)
+    stack.post(50)
+    _remount(small_disk, "ro")
+    with stack.outage(5):
+        wait_for(lambda: "storage_failed" in stack.log_text(), "a read-only disk")
+        time.sleep(20)
+        _remount(small_disk, "rw")
+    rest_seconds = stack.wait_until_done(60)
+    scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
+
+
+@full_only
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_f27_the_disk_fails(
+    start_stack: StartStack, scenario: Scenario, tmp_path: Path, error: str
+) -> None:
+    """50 jobs, each rename or flush fails for 20 s: as F26."""
+    failing = tmp_path / "failing"
+    failing.touch()
+    stack = start_stack(SABOTAGE_ERRNO=error, SABOTAGE_ERRNO_WHILE=str(failing))
+    stack.post(50)
+    wait_for(lambda: "storage_failed" in stack.log_text(), "a failing disk")
+    time.sleep(20)
+    assert "completed" not in stack.counts()
+    failing.unlink()
+    rest_seconds = stack.wait_until_done(60)
+    scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
+
+
+@full_only
+def test_f28_workers_that_die_while_storing(
+    start_stack: StartStack, scenario: Scenario, tmp_path: Path
+) -> None:
+    """60 jobs, kill -9 after the temp file, after the rename, before the UPDATE: files = rows."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    stack = start_stack(workers=0, SABOTAGE_CRASHES=str(notes))
+    for point in ("temp", "renamed", "committing"):
+        stack.post(4, words=f"dies-once-{point}")
+        stack.post(16)
+    deaths = keep_workers(stack, 2, seconds=240)
+    assert deaths >= 6
+    assert len(list(notes.iterdir())) == 12
+    scenario.record(worker_deaths=deaths, **vars(check(stack)))

@@ -1,0 +1,254 @@
+"""Workers that die, pause and restart: F1, F2, F29, F31, F32, F33, F34."""
+
+import time
+from uuid import UUID
+
+from tests.faults.harness import Process, Stack, StartStack, percentile, wait_for
+from tests.faults.oracle import check, recovery_seconds
+from tests.faults.report import Scenario, full_only, sized
+
+# The full run measures with the leases that are the default.
+DEFAULT_LEASES = {
+    "WORKER_HEARTBEAT_SECONDS": "3",
+    "WORKER_LEASE_SECONDS": "15",
+    "SWEEP_INTERVAL_SECONDS": "1",
+    "POLL_INTERVAL_SECONDS": "1",
+}
+MOST_KILLS = sized(4, 40)
+
+
+class Kills:
+    """Kills workers, starts others in their place, and remembers when whose jobs lost them."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self.done: list[tuple[float, set[UUID]]] = []
+
+    def kill(self, *workers: Process) -> None:
+        ids = {self._stack.worker_id(worker) for worker in workers}
+        for worker in workers:
+            worker.kill()
+        self.done.append((time.time(), ids))
+        started = [self._stack.start_worker(wait=False) for _ in workers]
+        for worker in started:
+            self._stack.wait_for_worker(worker)
+
+    def recoveries(self) -> list[float]:
+        """Seconds from a kill to the next claim, for every job that was held."""
+        return [s for at, ids in self.done for s in recovery_seconds(self._stack, at, ids)]
+
+
+def test_f01_all_workers_killed_again_and_again(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """500 jobs, all workers killed after every 2 s of work until 80 % are done: over in 60 s."""
+    jobs = sized(100, 500)
+    stack = start_stack(workers=2)
+    stack.replicate.configure(latency_seconds=1)
+    kills = Kills(stack)
+    stack.post(jobs)
+    while stack.finished() < 0.8 * jobs and len(kills.done) < MOST_KILLS:
+        time.sleep(2)
+        kills.kill(*stack.living_workers)
+    rest_seconds = stack.wait_until_done(60)
+    assert kills.done
+    scenario.record(kills=2 * len(kills.done), rest_seconds=rest_seconds, **_figures(kills, stack))
+
+
+@full_only
+def test_f02_one_random_worker_killed_again_and_again(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """500 jobs, one of 4 workers killed every 3 s, as one pool child every 300 ms would be.
+
+    A worker process has no pool children, and needs 2 s to start. From the kill to the next
+    owner's claim: p50 <= 20 s, p99 <= 30 s with the default leases.
+    """
+    stack = start_stack(workers=4, **DEFAULT_LEASES)
+    stack.replicate.configure(latency_seconds=12)
+    kills = Kills(stack)
+    stack.post(500)
+    while stack.finished() < 400 and len(kills.done) < MOST_KILLS:
+        time.sleep(1)
+        kills.kill(stack.random.choice(stack.living_workers))
+    rest_seconds = stack.wait_until_done(90)
+    figures = _figures(kills, stack)
+    recoveries = kills.recoveries()
+    assert len(recoveries) > 100
+    scenario.record(kills=len(kills.done), rest_seconds=rest_seconds, **figures)
+    assert percentile(recoveries, 0.5) <= 20
+    assert percentile(recoveries, 0.99) <= 30
+
+
+def _figures(kills: Kills, stack: Stack) -> dict[str, object]:
+    recoveries = kills.recoveries()
+    return {
+        **vars(check(stack)),
+        "recoveries": len(recoveries),
+        "recovery_p50_seconds": percentile(recoveries, 0.5),
+        "recovery_p99_seconds": percentile(recoveries, 0.99),
+        "recovery_max_seconds": max(recoveries, default=0.0),
+    }
+
+
+@full_only
+def test_f29_workers_whose_clocks_are_wrong(start_stack: StartStack, scenario: Scenario) -> None:
+    """100 jobs, clocks +10 min, -10 min and jumping: no lease stolen or immortal.
+
+    Python's clocks are shifted in the worker: libfaketime is not on every machine.
+    """
+    stack = start_stack(workers=0)
+    stack.replicate.configure(latency_seconds=2)
+    workers = [
+        stack.start_worker(SABOTAGE_CLOCK=shift, SABOTAGE_CRASHES="")
+        for shift in ("600", "-600", "jump")
+    ]
+    stack.post(100)
+    time.sleep(1.5)
+    workers[0].kill()
+    stack.wait_until_done(60)
+    dead = {stack.worker_id(workers[0])}
+    assert _taken_from_the_living(stack, lease_seconds=4) == []
+    owners = {row[0] for row in stack.query("SELECT DISTINCT worker_id FROM faults.history")}
+    assert dead < owners - {None}
+    scenario.record(**vars(check(stack)))
+
+
+@full_only
+def test_f31_workers_restarted_one_after_the_other(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """300 jobs, each worker restarted by SIGTERM 5 times: gone in 30 s, none failed or double."""
+    stack = start_stack(workers=2, **DEFAULT_LEASES)
+    stack.replicate.configure(latency_seconds=2)
+    ids = stack.post(100)
+    seconds = []
+    for _ in range(5):
+        for worker in stack.living_workers:
+            ids += stack.post(20)
+            seconds.append(worker.terminate())
+            stack.start_worker()
+    stack.wait_until_done(60)
+    summary = check(stack)
+    assert summary.jobs == {"completed": len(ids)} == {"completed": 300}
+    scenario.record(stop_max_seconds=max(seconds), **vars(summary))
+    assert max(seconds) <= 30
+
+
+@full_only
+def test_f31_a_worker_stopped_while_a_thousand_jobs_wait(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """SIGTERM with 1000 jobs waiting for the provider: gone in 5 s, each resumed as it was."""
+    stack = start_stack(workers=1, **DEFAULT_LEASES)
+    stack.replicate.configure(latency_seconds=60)
+    stack.post(1000)
+    wait_for(lambda: len(stack.replicate.creates()) == 1000, "all creates", 90)
+    stop_seconds = stack.workers[0].terminate()
+    owned = stack.query("SELECT count(*) FROM jobs WHERE worker_id IS NOT NULL")[0][0]
+    stack.start_worker()
+    stack.wait_until_done(150)
+    summary = check(stack)
+    scenario.record(stop_seconds=stop_seconds, **vars(summary))
+    assert owned == 0
+    assert summary.jobs == {"completed": 1000}
+    assert stop_seconds <= 5
+
+
+@full_only
+def test_f32_a_paused_worker_that_wakes_changes_nothing(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """50 jobs, one of two workers stopped for 60 s: it writes 0 rows and replaces 0 files."""
+    stack = start_stack(workers=2)
+    stack.replicate.configure(latency_seconds=2)
+    stack.post(50)
+    zombie = stack.workers[0]
+    zombie_id = stack.worker_id(zombie)
+    held = "SELECT count(*) FROM jobs WHERE worker_id = %s"
+    wait_for(lambda: stack.query(held, zombie_id)[0][0] > 5, "jobs of the zombie to be")
+    zombie.pause()
+    time.sleep(60)
+    stack.wait_until_done(30)
+    rows, files = _rows_and_files(stack)
+    zombie.resume()
+    time.sleep(15)
+    assert _rows_and_files(stack) == (rows, files)
+    assert zombie.is_running
+    stack.post(20)
+    stack.wait_until_done(30)
+    scenario.record(**vars(check(stack)))
+
+
+def _rows_and_files(stack: Stack) -> tuple[object, object]:
+    changes = stack.query("SELECT max(number) FROM faults.history")
+    attempts = stack.query("SELECT * FROM attempts ORDER BY id")
+    files = {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for folder in (stack.media, stack.metadata)
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+    return (changes, attempts), files
+
+
+@full_only
+def test_f33_a_job_that_kills_its_worker_fails_as_poisoned(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """10 poison jobs among 200: `poisoned` after 3 crashes; the other 190 unharmed."""
+    stack = start_stack(workers=0, SABOTAGE_CRASHES="-")
+    for _ in range(10):
+        stack.post(1, words="dies-always-decoding")
+        stack.post(19)
+    deaths = keep_workers(stack, 2, seconds=400)
+    summary = check(stack, failures=["poisoned"])
+    poisoned = stack.query("SELECT prompt FROM jobs WHERE status = 'failed'")
+    scenario.record(worker_deaths=deaths, **vars(summary))
+    assert all("dies-always" in words for (words,) in poisoned)
+    assert summary.jobs == {"completed": 190, "failed": 10}
+
+
+def keep_workers(stack: Stack, count: int, seconds: float) -> int:
+    """Start a worker for each that dies, as a supervisor does, until all jobs are over.
+
+    Returns how many have died.
+    """
+    give_up_at = time.monotonic() + seconds
+    while {"pending", "processing"} & stack.counts().keys():
+        assert time.monotonic() < give_up_at, stack.counts()
+        while len(stack.living_workers) < count:
+            stack.start_worker(wait=False)
+        time.sleep(0.2)
+    return len(stack.workers) - len(stack.living_workers)
+
+
+@full_only
+def test_f34_many_sweepers_paused_and_killed(start_stack: StartStack, scenario: Scenario) -> None:
+    """500 jobs on 5 workers (each sweeps), paused and killed at random: no living owner robbed."""
+    stack = start_stack(workers=5)
+    stack.replicate.configure(latency_seconds=3)
+    stack.post(500)
+    kills = Kills(stack)
+    for _ in range(12):
+        victim, other = stack.random.sample(stack.living_workers, 2)
+        victim.pause()
+        time.sleep(stack.random.uniform(0.5, 7))
+        kills.kill(other)
+        victim.resume()
+    rest_seconds = stack.wait_until_done(60)
+    assert _taken_from_the_living(stack, lease_seconds=4) == []
+    scenario.record(rest_seconds=rest_seconds, **_figures(kills, stack))
+
+
+def _taken_from_the_living(stack: Stack, lease_seconds: float) -> list[object]:
+    """Jobs freed although their owner had been silent for less than its lease.
+
+    No worker frees a job of its own here: none was stopped, and the database was there.
+    """
+    query = """
+        SELECT job_id, owner_silent FROM faults.history
+        WHERE status = 'processing' AND worker_id IS NULL AND old_worker_id IS NOT NULL
+        AND owner_silent < make_interval(secs => %s)
+    """
+    return list(stack.query(query, lease_seconds))
