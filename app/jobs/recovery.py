@@ -5,6 +5,7 @@ them may run in any number of workers at once: every write is guarded or skips l
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
@@ -23,6 +24,7 @@ BATCH = 500
 QUEUE_TARGET = 1000
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
+SEARCHES_PER_ROUND = 5
 LONGEST_PAUSE_SECONDS = 10.0
 
 HOUSEKEEPING_SECONDS = 60.0
@@ -152,8 +154,15 @@ class Recovery:
             await asyncio.to_thread(self._doorbell.ring, due)
 
     async def stop_orphans(self) -> None:
-        """Stop predictions whose job has ended without them (cancelled, past its deadline)."""
-        for attempt in await self._repository.orphans(BATCH):
+        """Stop predictions whose job has ended without them (cancelled, past its deadline).
+
+        A search takes long: there are a few each round, for others every time, and none before
+        what is known to run is stopped.
+        """
+        orphans = await self._repository.orphans(BATCH)
+        known = [attempt for attempt in orphans if attempt.prediction_id]
+        lost = orphans[len(known) :]
+        for attempt in [*known, *random.sample(lost, min(len(lost), SEARCHES_PER_ROUND))]:
             try:
                 await self._stop_orphan(attempt)
             except ProviderError as error:

@@ -594,12 +594,15 @@ class JobRepository:
             await session.execute(_finish_cancel(jobs.cancel_requested_at.is_not(None)))
 
     async def orphans(self, limit: int) -> Sequence[Attempt]:
-        """Return open attempts of jobs that have ended: their predictions should be stopped."""
+        """Return open attempts of jobs that have ended: their predictions should be stopped.
+
+        Those whose prediction is known come first, then the oldest.
+        """
         query = (
             select(Attempt)
             .join(Job, jobs.id == attempts.job_id)
             .where(attempts.state != AttemptState.SETTLED, jobs.status.in_(TERMINAL))
-            .order_by(attempts.created_at)
+            .order_by(attempts.prediction_id.is_(None), attempts.created_at)
             .limit(limit)
         )
         async with self._sessions() as session:

@@ -115,7 +115,11 @@ class Process:
         """SIGTERM; return the seconds until it had ended. AssertionError when it takes longer."""
         started = time.monotonic()
         self.signal(signal.SIGTERM)
-        assert self.child.wait(timeout_seconds), f"the {self.role} ignores SIGTERM"
+        if not self.child.wait(timeout_seconds):
+            self.signal(signal.SIGABRT)  # faulthandler: where every thread stands
+            self.child.wait(10)
+            log = "\n".join(self.child.output())
+            raise AssertionError(f"the {self.role} ignores SIGTERM:\n{log[-6000:]}")
         return time.monotonic() - started
 
     def pause(self) -> None:
@@ -239,7 +243,7 @@ class Stack:
                 "provider", self.replicate.origin, self._target("provider")
             ),
             "STORAGE_PATH": str(self.media),
-            "PYTHONFAULTHANDLER": "",
+            "PYTHONFAULTHANDLER": "1",
         }
         return {**os.environ, **UNLIMITED, **QUICK, **own, **self.settings}
 

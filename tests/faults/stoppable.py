@@ -71,8 +71,8 @@ class StoppableWorker:
     async def _run(self, job_id: UUID) -> Outcome:
         try:
             return (await self.lifecycle.run(job_id, self.id, lambda _: None)).outcome
-        except SQLAlchemyError:
-            # It lost its transaction: the worker's lease check finds jobs without a run.
+        except Exception:
+            # It lost its transaction: as in the service, the lease check finds jobs without a run.
             await _insistently(self._release_all)
             return Outcome.SKIPPED
 
@@ -191,12 +191,14 @@ POLICY = LifecyclePolicy(
 
 
 def _name_connections(worker_id: UUID) -> Any:
+    milliseconds = round(TRANSACTION_SECONDS * 1000)
+    settings = (
+        f"SET application_name = '{worker_id}';"
+        f"SET idle_in_transaction_session_timeout = {milliseconds}"
+    )
+
     def name(connection: Any, _: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"SET application_name = '{worker_id}'")
-        milliseconds = round(TRANSACTION_SECONDS * 1000)
-        cursor.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")
-        cursor.close()
+        connection.run_async(lambda driver: driver.execute(settings))
 
     return name
 

@@ -102,6 +102,7 @@ def _cancel_at(stack: Stack, words: str, count: int) -> list[Cancel]:
 
 def _at_their_moment(stack: Stack, words: str) -> int:
     """Return how many of these jobs are where they are to be cancelled."""
+    _close_the_breaker(stack)
     jobs, creates = jobs_about(stack, words), creates_about(stack, words)
     attempts = attempts_about(stack, words)
     waiting = sum(job["phase"] == "waiting" for job in jobs)
@@ -115,6 +116,12 @@ def _at_their_moment(stack: Stack, words: str) -> int:
         "before-the-retry": sum(job["next_attempt_at"] is not None for job in jobs),
     }
     return counts[words]
+
+
+def _close_the_breaker(stack: Stack) -> None:
+    """Forget failures: after ten lost answers the other creates would be held back."""
+    with stack.redis() as broker:
+        broker.delete("media:{governor}:failures")
 
 
 def _cancel(

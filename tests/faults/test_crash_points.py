@@ -34,7 +34,12 @@ from tests.faults.stoppable import (
     stored,
 )
 
-pytestmark = pytest.mark.usefixtures("servers")
+# Connections that are cut on purpose are not closed politely.
+pytestmark = [
+    pytest.mark.usefixtures("servers"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 
 POINTS = sized(4, 10_000)
 # Where chance also chooses the point of the second worker, in the full run.

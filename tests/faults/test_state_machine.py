@@ -58,9 +58,7 @@ def world(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
 
 
 def _without_waiting_for_the_disk(connection: Any, _: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("SET synchronous_commit = off")
-    cursor.close()
+    connection.run_async(lambda driver: driver.execute("SET synchronous_commit = off"))
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

@@ -70,7 +70,7 @@ def test_f27_the_disk_is_read_only(
     """50 jobs on a disk that is read-only for 20 s: as F26."""
     _remount(small_disk, LARGE)
     stack = start_stack()
-    stack.replicate.configure(latency_seconds=2)
+    stack.replicate.configure(latency_seconds=10)
     stack.post(50)
     _remount(small_disk, "ro")
     with stack.outage(5):
