@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Any, Literal
@@ -41,13 +40,11 @@ from app.jobs.repository import (
 )
 from app.jobs.retry import Fail, RetryPolicy, decide
 from app.jobs.watch import PredictionWatcher
-from app.providers.base import Prediction, PredictionRequest, Provider
+from app.providers.base import CLOCK_SKEW, Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
 
 # Creates under way at once in this process; the others wait before they commit their intent.
 SUBMIT_CONCURRENCY = 100
-# The provider's clock may differ from the database's by this much.
-CLOCK_SKEW = timedelta(seconds=60)
 SEED_LIMIT = 2**31
 CREATE_GRACE_SECONDS = 2.0
 # Replicate's ids have 26; the mock's are long, because they carry the prompt.

@@ -194,6 +194,8 @@ class Attempt(SQLModel, table=True):
     created_at: datetime = Field(default=None, sa_column_kwargs={"server_default": func.now()})
     submitted_at: datetime | None = None
     settled_at: datetime | None = None
+    # When the sweep may (again) try to stop it, should its job have ended without it.
+    stop_at: datetime = Field(default=None, sa_column_kwargs={"server_default": func.now()})
 
 
 class Output(SQLModel, table=True):

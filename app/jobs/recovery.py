@@ -5,9 +5,8 @@ them may run in any number of workers at once: every write is guarded or skips l
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from datetime import UTC, datetime
+from contextlib import nullcontext
 from typing import Protocol
 from uuid import UUID
 
@@ -15,8 +14,8 @@ import structlog
 
 from app.errors import FailureClass, ProviderError
 from app.jobs.models import Attempt, Charged
-from app.jobs.repository import JobRepository, Lease, Settlement
-from app.providers.base import PredictionRequest, Provider
+from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
+from app.providers.base import CLOCK_SKEW, PredictionRequest, Provider
 from app.storage.base import Storage
 
 BATCH = 500
@@ -24,7 +23,8 @@ BATCH = 500
 QUEUE_TARGET = 1000
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
-SEARCHES_PER_ROUND = 5
+# More would only queue before the provider's rate, and the poller's reads behind them.
+STOPS_AT_ONCE = 8
 LONGEST_PAUSE_SECONDS = 10.0
 
 HOUSEKEEPING_SECONDS = 60.0
@@ -95,6 +95,7 @@ class Recovery:
         self._lease_seconds = lease_seconds
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
+        self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
         self.living_workers = 1
 
     async def run(self) -> None:
@@ -156,22 +157,16 @@ class Recovery:
     async def stop_orphans(self) -> None:
         """Stop predictions whose job has ended without them (cancelled, past its deadline).
 
-        A search takes long: there are a few each round, for others every time, and none before
-        what is known to run is stopped.
+        A search takes long: none begins before what is known to run is stopped. (Searches share
+        one reading of the provider's list, so all of them begin at once.)
         """
-        orphans = await self._repository.orphans(BATCH)
-        known = [attempt for attempt in orphans if attempt.prediction_id]
-        lost = orphans[len(known) :]
-        for attempt in [*known, *random.sample(lost, min(len(lost), SEARCHES_PER_ROUND))]:
-            try:
-                await self._stop_orphan(attempt)
-            except ProviderError as error:
-                log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
-                if error.failure_class is not FailureClass.PERMANENT:
-                    return  # the provider is not well: later
-                # Nobody will ever know; `Cancel-After` bounds what it costs.
-                unknown = Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class)
-                await self._repository.settle_orphan(unknown)
+        orphans = await self._repository.take_orphans(BATCH)
+        known = [orphan for orphan in orphans if orphan.attempt.prediction_id]
+        lost = [orphan for orphan in orphans if not orphan.attempt.prediction_id]
+        for group in (known, lost):
+            async with asyncio.TaskGroup() as stopping:
+                for orphan in group:
+                    stopping.create_task(self._stop_orphan(orphan))
 
     async def keep_house(self) -> None:
         """Remove what dead processes left half-written; warn of outputs that may be lost soon."""
@@ -183,24 +178,39 @@ class Recovery:
                 "output_at_risk", job_id=str(attempt.job_id), submitted_at=attempt.submitted_at
             )
 
-    async def _stop_orphan(self, attempt: Attempt) -> None:
-        ids = [attempt.prediction_id] if attempt.prediction_id else await self._find(attempt)
-        for prediction_id in ids:
+    async def _stop_orphan(self, orphan: Orphan) -> None:
+        attempt = orphan.attempt
+        try:
+            async with self._stopping if attempt.prediction_id else nullcontext():
+                settlement = await self._stopped(orphan)
+        except ProviderError as error:
+            log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
+            if error.failure_class is not FailureClass.PERMANENT:
+                return  # the provider is not well: later
+            # Nobody will ever know; `Cancel-After` bounds what it costs.
+            settlement = Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class)
+        if settlement is not None:
+            await self._repository.settle_orphan(settlement)
+
+    async def _stopped(self, orphan: Orphan) -> Settlement | None:
+        """Cancel the prediction; return how the attempt has ended, None if nobody knows yet."""
+        attempt = orphan.attempt
+        prediction_id = attempt.prediction_id or await self._find(attempt)
+        if prediction_id is not None:
             await self._provider.cancel(prediction_id)
             log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
-        age_seconds = (datetime.now(UTC) - attempt.created_at).total_seconds()
-        if ids or age_seconds > ORPHAN_PATIENCE_SECONDS:
-            outcome, charged = ("canceled", Charged.UNKNOWN) if ids else ("absent", Charged.NO)
-            await self._repository.settle_orphan(Settlement(attempt.id, outcome, charged))
+            return Settlement(attempt.id, "canceled", Charged.UNKNOWN)
+        if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
+            return Settlement(attempt.id, "absent", Charged.NO)
+        return None
 
-    async def _find(self, attempt: Attempt) -> list[str]:
+    async def _find(self, attempt: Attempt) -> str | None:
         """Return the prediction of a create whose answer was lost, unless another job has it."""
         request = PredictionRequest(attempt.model_name, attempt.input, 0)
-        found = await self._provider.find(request, attempt.created_at)
-        for prediction in found:
+        for prediction in await self._provider.find(request, attempt.created_at - CLOCK_SKEW):
             if await self._repository.adopt(attempt.id, prediction):
-                return [prediction.id]
-        return []
+                return prediction.id
+        return None
 
 
 async def _every(seconds: float, duty: Callable[[], Awaitable[None]]) -> None:

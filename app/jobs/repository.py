@@ -49,6 +49,8 @@ workers = SQLModel.metadata.tables["workers"].c
 counts = SQLModel.metadata.tables["job_counts"].c
 
 MAX_CRASHES = 3
+# How long an orphan is left to the worker that tries to stop it.
+STOP_AGAIN_SECONDS = 5
 
 UNFINISHED = (JobStatus.PENDING, JobStatus.PROCESSING)
 TERMINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -99,6 +101,14 @@ class Settlement:
     error_message: str | None = None
     predict_time_seconds: float | None = None
     version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """An open attempt of a job that has ended, and how long ago its intent was committed."""
+
+    attempt: Attempt
+    age_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -593,20 +603,34 @@ class JobRepository:
         async with self._sessions.begin() as session:
             await session.execute(_finish_cancel(jobs.cancel_requested_at.is_not(None)))
 
-    async def orphans(self, limit: int) -> Sequence[Attempt]:
+    async def take_orphans(self, limit: int) -> list[Orphan]:
         """Return open attempts of jobs that have ended: their predictions should be stopped.
 
-        Those whose prediction is known come first, then the oldest.
+        Those whose prediction is known come first, then the oldest. Each is left to the caller
+        for `STOP_AGAIN_SECONDS`.
         """
-        query = (
-            select(Attempt)
+        found = (
+            select(attempts.id)
             .join(Job, jobs.id == attempts.job_id)
-            .where(attempts.state != AttemptState.SETTLED, jobs.status.in_(TERMINAL))
+            .where(
+                attempts.state != AttemptState.SETTLED,
+                attempts.stop_at <= func.now(),
+                jobs.status.in_(TERMINAL),
+            )
             .order_by(attempts.prediction_id.is_(None), attempts.created_at)
             .limit(limit)
+            .with_for_update(of=Attempt, skip_locked=True)
         )
-        async with self._sessions() as session:
-            return (await session.scalars(query)).all()
+        age = func.extract("epoch", func.now() - attempts.created_at)
+        statement = (
+            update(Attempt)
+            .where(attempts.id.in_(found))
+            .values(stop_at=_in_seconds(STOP_AGAIN_SECONDS))
+            .returning(Attempt, age)
+        )
+        async with self._sessions.begin() as session:
+            taken = await session.execute(statement)
+            return [Orphan(attempt, float(age_seconds)) for attempt, age_seconds in taken]
 
     async def unstored(self, older_than_seconds: float, limit: int) -> Sequence[Attempt]:
         """Return attempts whose prediction was submitted long ago and whose job goes on."""

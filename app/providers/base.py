@@ -2,10 +2,13 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from app.errors import FailureClass, ProviderError
+
+# The provider's clock may differ from the database's by this much.
+CLOCK_SKEW = timedelta(seconds=60)
 
 TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
 
@@ -49,6 +52,19 @@ class Prediction:
     def is_terminal(self) -> bool:
         """True when the provider will never change it again."""
         return self.status in TERMINAL_STATES
+
+
+def split_model(model_name: str) -> tuple[str, str, str]:
+    """Split `owner/name` or `owner/name:version` into owner, name and version (maybe empty)."""
+    model, _, version = model_name.partition(":")
+    owner, _, name = model.partition("/")
+    return owner, name, version
+
+
+def of_model(prediction: Prediction, model_name: str) -> bool:
+    """Tell whether it is a prediction of this model, and of its version if one is named."""
+    owner, name, version = split_model(model_name)
+    return prediction.model_name == f"{owner}/{name}" and version in ("", prediction.version)
 
 
 def called_off() -> ProviderError:

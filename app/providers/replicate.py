@@ -28,9 +28,16 @@ from replicate import (
 )
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import MaySend, Prediction, PredictionRequest, called_off
+from app.providers.base import (
+    MaySend,
+    Prediction,
+    PredictionRequest,
+    called_off,
+    split_model,
+)
 from app.providers.governor import Call, Governor, Ungoverned
 from app.providers.outcome import MESSAGE_CHARS
+from app.providers.search import PredictionSearch
 
 # Creates that may be held open at once by `Prefer: wait`; the others return at once and are
 # polled. httpx's pool scans all its connections at every request, so hundreds are not cheap.
@@ -41,7 +48,8 @@ READ_CONNECTIONS = 8
 PAGE_PREDICTIONS = 100
 PAGES_PER_POLL = 3  # and one more for each hundred that are watched
 GETS_PER_POLL = 20
-PAGES_PER_FIND = 20
+# A search reads everything since the lost create: at ten a second, half an hour's predictions.
+PAGES_PER_SEARCH = 200
 
 RETRY_AFTER_BOUNDS = (1.0, 300.0)
 
@@ -98,6 +106,7 @@ class ReplicateProvider:
             timeout=self._timeout, follow_redirects=False, verify=self._tls
         )
         self._authorization = {"Authorization": f"Bearer {token}"}
+        self._search = PredictionSearch(self._pages_since)
 
     def _client(self, token: str, base_url: str, limits: httpx.Limits) -> AsyncReplicate:
         return AsyncReplicate(
@@ -169,7 +178,7 @@ class ReplicateProvider:
             **({"prefer": f"wait={wait}"} if wait else {}),
             **(_reports_to(request.webhook) if request.webhook else {}),
         }
-        owner, name, version = _split(request.model_name)
+        owner, name, version = split_model(request.model_name)
         if version:
             raw = self._creates.predictions.with_raw_response
             return await (await raw.create(version=request.model_name, **common)).json()
@@ -221,29 +230,18 @@ class ReplicateProvider:
 
     async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
         """See `Provider.find`: the list has no filter but time, and echoes the input."""
-        matches: list[Prediction] = []
-        input_deleted = False
+        return await self._search.find(request, created_after)
+
+    async def _pages_since(self, created_after: datetime) -> AsyncIterator[list[Prediction]]:
         window = {"created_after": created_after.astimezone(UTC).isoformat()}
         pages_read = 0
-        async for page in self._pages(window, at_most=PAGES_PER_FIND + 1):
+        async for page in self._pages(window, at_most=PAGES_PER_SEARCH + 1):
             pages_read += 1
-            ours = [seen for seen in page if _is_of_model(seen, request.model_name)]
-            # Replicate has been recorded answering under another model's name than the one
-            # called: where the input cannot be anybody else's, the name does not matter.
-            candidates = page if request.has_own_seed else ours
-            input_deleted |= any(seen.data_removed for seen in candidates)
-            matches += [seen for seen in candidates if seen.input == request.input]
-        if not matches and input_deleted:
-            raise ProviderError(
-                FailureClass.PERMANENT,
-                "input_deleted",
-                "The provider has deleted by which input a prediction could be recognised.",
-            )
-        if not matches and pages_read > PAGES_PER_FIND:
+            yield page
+        if pages_read > PAGES_PER_SEARCH:
             raise ProviderError(
                 FailureClass.TRANSIENT, "provider_error", "The provider's list is too long."
             )
-        return matches[::-1]
 
     async def _pages(
         self, query: dict[str, str], *, at_most: int
@@ -276,7 +274,7 @@ class ReplicateProvider:
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`."""
-        owner, name, version = _split(model_name)
+        owner, name, version = split_model(model_name)
         found: Any
         async with self._reading():
             if version:
@@ -508,18 +506,6 @@ def _time(value: Any) -> datetime | None:
 def _reports_to(webhook: str) -> dict[str, Any]:
     """`start` names the prediction even if the create's answer is lost, `completed` ends it."""
     return {"webhook": webhook, "webhook_events_filter": ["start", "completed"]}
-
-
-def _split(model_name: str) -> tuple[str, str, str]:
-    """Split `owner/name` or `owner/name:version`."""
-    model, _, version = model_name.partition(":")
-    owner, _, name = model.partition("/")
-    return owner, name, version
-
-
-def _is_of_model(prediction: Prediction, model_name: str) -> bool:
-    owner, name, version = _split(model_name)
-    return prediction.model_name == f"{owner}/{name}" and version in ("", prediction.version)
 
 
 def _input_schema(openapi: dict[str, Any]) -> dict[str, Any] | None:

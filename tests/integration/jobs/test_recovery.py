@@ -153,6 +153,10 @@ class TestRinging:
 
 
 class TestOrphans:
+    @pytest.fixture(autouse=True)
+    def _left_to_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(repository_module, "STOP_AGAIN_SECONDS", 0)
+
     async def test_the_prediction_of_a_cancelled_job_is_cancelled(
         self, worker: Worker, replicate: ReplicateServer
     ) -> None:
@@ -164,7 +168,7 @@ class TestOrphans:
         await worker.repository.cancel(claim.job.id)
         await worker.recovery.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
-        assert await worker.repository.orphans(10) == []
+        assert await worker.repository.take_orphans(10) == []
 
     async def test_it_is_found_although_its_id_was_lost(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +182,7 @@ class TestOrphans:
             await worker.repository.cancel(claim.job.id)
         await worker.recovery.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
-        assert await worker.repository.orphans(10) == []
+        assert await worker.repository.take_orphans(10) == []
 
     async def test_one_that_never_was_is_given_up_in_time(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -189,10 +193,10 @@ class TestOrphans:
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
         await worker.recovery.stop_orphans()
-        assert len(await worker.repository.orphans(10)) == 1
+        assert len(await worker.repository.take_orphans(10)) == 1
         monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
         await worker.recovery.stop_orphans()
-        assert await worker.repository.orphans(10) == []
+        assert await worker.repository.take_orphans(10) == []
         assert replicate.creates() == []
 
     async def test_one_that_nobody_can_tell_of_does_not_stop_the_others(
@@ -215,7 +219,7 @@ class TestOrphans:
         monkeypatch.setattr(worker.provider, "find", find)
         await worker.recovery.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
-        assert await worker.repository.orphans(10) == []
+        assert await worker.repository.take_orphans(10) == []
 
 
 class TestHousekeeping:

@@ -128,7 +128,7 @@ class TestLease:
         assert job.worker_id is None
         stored = (await repository.outputs([job.id]))[job.id]
         assert [found.name for found in stored] == [f"{job.id}.png"]
-        assert await repository.orphans(10) == []
+        assert await repository.take_orphans(10) == []
 
 
 class TestPredictionIds:
@@ -151,8 +151,31 @@ class TestPredictionIds:
         assert cancelled.status is JobStatus.CANCELLED
         with pytest.raises(LeaseLost):
             await repository.record_prediction(claim.lease, attempt.id, prediction())
-        [orphan] = await repository.orphans(10)
-        assert orphan.prediction_id == "p1"
+        [orphan] = await repository.take_orphans(10)
+        assert orphan.attempt.prediction_id == "p1"
+
+    async def test_an_orphan_is_left_to_whoever_took_it_for_a_while(
+        self, repository: JobRepository
+    ) -> None:
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        await repository.record_prediction(claim.lease, attempt.id, prediction())
+        await repository.cancel(claim.job.id)
+        taken = await asyncio.gather(*(repository.take_orphans(10) for _ in range(5)))
+        assert sorted(map(len, taken)) == [0, 0, 0, 0, 1]
+
+    async def test_an_orphan_that_was_not_stopped_comes_again(
+        self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "STOP_AGAIN_SECONDS", 0)
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        await repository.record_prediction(claim.lease, attempt.id, prediction())
+        await repository.cancel(claim.job.id)
+        for _ in range(2):
+            [orphan] = await repository.take_orphans(10)
+            assert orphan.attempt.id == attempt.id
+            assert 0 <= orphan.age_seconds < 60
 
 
 class TestCancel:

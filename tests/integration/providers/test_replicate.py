@@ -986,7 +986,7 @@ class TestFind:
     async def test_a_list_without_end_proves_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PAGES_PER_FIND", 1)
+        monkeypatch.setattr(module, "PAGES_PER_SEARCH", 1)
         await created_ids(provider, 201)
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         error = await failure(provider.find(other, LONG_AGO))
