@@ -16,17 +16,7 @@ from tests.faults.harness import Link, Stack, StartStack
 from tests.faults.oracle import noted_history
 from tests.faults.report import Scenario
 
-FOLDER = Path(__file__).parent
 OUTCOME = pytest.StashKey[str]()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the scenarios out unless asked for: FAULTS=scaled (minutes) or FAULTS=full (hours)."""
-    if os.environ.get("FAULTS") not in ("scaled", "full"):
-        unasked = pytest.mark.skip(reason="a fault scenario: set FAULTS=scaled or FAULTS=full")
-        for item in items:
-            if item.path.is_relative_to(FOLDER):
-                item.add_marker(unasked)
 
 
 @pytest.hookimpl(wrapper=True)

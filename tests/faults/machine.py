@@ -512,8 +512,8 @@ class JobsMachine(RuleBasedStateMachine):
 
     def stop_orphans(self, *, patient: bool = True) -> None:
         """Predictions of jobs that have ended are stopped."""
-        for attempt in self.do(self.repository.orphans(100)):
-            self._stop_orphan(attempt, patient)
+        for orphan in self.do(self.repository.take_orphans(100)):
+            self._stop_orphan(orphan.attempt, patient)
 
     def give_orphans_up(self) -> None:
         """Nor is one waited for that has never shown."""

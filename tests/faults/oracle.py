@@ -96,6 +96,8 @@ class Summary:
 
     jobs: dict[str, int]
     creates: int
+    lost_answers: int
+    created_twice: int
     files: int
     leftover_temps: int
 
@@ -124,12 +126,21 @@ def check(
     oracle.logs_are_clean()
     shown = "\n".join(oracle.broken[:20])
     assert not oracle.broken, f"seed {stack.seed}: {len(oracle.broken)} broken rules\n{shown}"
-    return Summary(stack.counts(), len(oracle.creates), oracle.files, oracle.temps)
+    lost_answers = sum(not entry.reply_delivered for entry in oracle.creates)
+    return Summary(
+        stack.counts(),
+        len(oracle.creates),
+        lost_answers,
+        oracle.created_twice,
+        oracle.files,
+        oracle.temps,
+    )
 
 
 class _Oracle:
     def __init__(self, stack: Stack) -> None:
         self.broken: list[str] = []
+        self.created_twice = 0  # but for those that the provider itself reported as failed
         self.files = 0
         self.temps = 0
         self._stack = stack
@@ -171,7 +182,9 @@ class _Oracle:
         attempts = self._attempts[job["id"]]
         recorded = {attempt["prediction_id"] for attempt in attempts}
         reported = [e for e in entries if e.status in ENDED_BADLY and e.id in recorded]
-        once = may_pay_again or len(entries) <= 1 + len(reported)
+        twice = max(0, len(entries) - 1 - len(reported))
+        self.created_twice += twice
+        once = may_pay_again or not twice
         self._expect(once, f"O2: {len(entries)} creates for {job['id']} ({job['status']})")
         known = len(entries) <= len(attempts)
         self._expect(known, f"O2: {len(entries)} creates, {len(attempts)} attempts: {job['id']}")

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,9 +55,25 @@ class Scenario:
             file.seek(0)
             report = _of_this_run(file.read())
             report["scenarios"][self.name] = entry
+            report["totals"] = _totals(list(report["scenarios"].values()))
             file.seek(0)
             file.truncate()
             file.write(json.dumps(report, indent=2, sort_keys=True) + "\n")
+
+
+def _totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum what the oracle counted in all scenarios so far."""
+    figures = [entry["figures"] for entry in entries]
+    jobs: Counter[str] = Counter()
+    for each in figures:
+        jobs.update(each.get("jobs", {}))
+    counted = ("creates", "lost_answers", "created_twice", "files")
+    return {
+        "scenarios": dict(Counter(entry["outcome"] for entry in entries)),
+        "jobs": jobs.total(),
+        "jobs_by_status": dict(jobs),
+        **{name: sum(each.get(name, 0) for each in figures) for name in counted},
+    }
 
 
 def report_path() -> Path | None:

@@ -73,7 +73,7 @@ class StoppableWorker:
             return (await self.lifecycle.run(job_id, self.id, lambda _: None)).outcome
         except Exception:
             # It lost its transaction: as in the service, the lease check finds jobs without a run.
-            await _insistently(self._release_all)
+            await insistently(self._release_all)
             return Outcome.SKIPPED
 
     async def _release_all(self) -> None:
@@ -82,7 +82,7 @@ class StoppableWorker:
 
     async def job(self, job_id: UUID) -> Job:
         """Return the job's row."""
-        job = await _insistently(partial(self.repository.get, job_id))
+        job = await insistently(partial(self.repository.get, job_id))
         assert job is not None
         return job
 
@@ -96,7 +96,7 @@ class StoppableWorker:
             await connection.execute(query)
 
 
-async def _insistently(call: Callable[[], Awaitable[T]]) -> T:
+async def insistently(call: Callable[[], Awaitable[T]]) -> T:
     """Call again when the server has closed the connection, as it does with a stopped worker's."""
     for _ in range(3):
         with suppress(SQLAlchemyError):

@@ -28,6 +28,7 @@ def test_f03_the_broker_is_emptied(start_stack: StartStack, scenario: Scenario) 
     """300 jobs, FLUSHALL at 30 % and 60 %: the backlog moves again within 20 s."""
     jobs = sized(90, 300)
     stack = start_stack(workers=2, WORKER_CONCURRENCY="10")
+    stack.warm_up()
     stack.replicate.configure(latency_seconds=0.5)
     stack.post(jobs)
     standstills = []
@@ -48,6 +49,7 @@ def test_f04_the_broker_refuses_connections_during_posts(
     """POSTs at 10/s, the broker refused for 30 s: all 201, p99 <= 300 ms, begun <= 20 s after."""
     seconds = sized(6, 30)
     stack = start_stack(links=BROKER_LINKS)
+    stack.warm_up()
     with _while_posting(stack, count=sized(80, 400), per_second=10):
         time.sleep(1)
         for proxy in _broker(stack):
@@ -70,6 +72,7 @@ def test_f05_the_broker_goes_silent_during_posts(
     connected stays silent for ever.
     """
     stack = start_stack(links=BROKER_LINKS)
+    stack.warm_up()
     worker = stack.workers[0]
     with _while_posting(stack, count=600, per_second=10):
         time.sleep(1)

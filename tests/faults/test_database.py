@@ -49,6 +49,7 @@ def test_f09_the_database_goes_silent(start_stack: StartStack, scenario: Scenari
     200 by itself; leases may be lost, but there is no second create and no stale write.
     """
     stack = start_stack(workers=2, links=DATABASE_LINKS)
+    stack.warm_up()
     stack.replicate.configure(latency_seconds=3)
     done = stack.post(3)
     stack.wait_until_done(30)
@@ -127,7 +128,7 @@ def test_f11_everything_at_once(start_stack: StartStack, scenario: Scenario) -> 
     faults: list[Callable[[], None]] = [
         stack.flush_broker,
         stack.restart_broker_empty,
-        partial(_crash_database, stack),
+        partial(crash_database, stack),
     ]
     rounds = 0
     while stack.finished() < 0.8 * jobs and rounds < 24:
@@ -144,7 +145,8 @@ def test_f11_everything_at_once(start_stack: StartStack, scenario: Scenario) -> 
     scenario.record(kills=2 * rounds, rest_seconds=rest_seconds, **vars(check(stack)))
 
 
-def _crash_database(stack: Stack) -> None:
+def crash_database(stack: Stack) -> None:
+    """Stop PostgreSQL at once, and start it again after 5 s."""
     with stack.outage(RETURN_SECONDS):
         stack.postgres.stop(immediate=True)
         time.sleep(5)

@@ -21,7 +21,7 @@ from tests.faults.machine import JobsMachine, World
 from tests.faults.machine_database import Database
 from tests.faults.report import Scenario, sized
 
-PROGRAMS = sized(60, 1250)
+PROGRAMS = sized(100, 1250)
 SHARDS = sized(1, 4)
 STEPS = 40
 
@@ -42,6 +42,7 @@ REACHED = {
 def world(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """One loop, one connection pool, and the machine's own time."""
     monkeypatch.setattr(repository, "SUBMIT_WINDOW_SECONDS", machine.SUBMIT_WINDOW)
+    monkeypatch.setattr(repository, "STOP_AGAIN_SECONDS", 0)
     monkeypatch.setattr(retry, "INTERNAL_DELAY_SECONDS", machine.INTERNAL_DELAY)
     if not postgres.is_running():
         postgres.start()

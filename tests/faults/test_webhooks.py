@@ -47,6 +47,7 @@ def test_f23_untidy_webhooks_finish_each_job_once(
     minutes late is scaled to one, and to seconds by default.
     """
     stack = start_stack(workers=2, **PUBLIC)
+    stack.warm_up()
     stack.replicate.configure(webhook_rewrite=stack.url, latency_seconds=1)
     each = sized(6, 50)
     for words, settings in MANNERS.items():
