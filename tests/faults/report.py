@@ -1,8 +1,12 @@
-"""What the scenarios measured, as one JSON file; and the choice of their size."""
+"""What the scenarios measured, as one JSON file; and the choice of their size.
+
+python -m tests.faults.report faults-report.json      (the same as a Markdown table)
+"""
 
 import fcntl
 import json
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -97,3 +101,27 @@ def _of_this_run(text: str) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "scenarios": {},
     }
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """Return the report as Markdown: a row a scenario, its figures in words."""
+    rows = [
+        f"| {name} | {entry['outcome']} | {entry['seconds']:.0f} | {_in_words(entry['figures'])} |"
+        for name, entry in sorted(report["scenarios"].items())
+    ]
+    return "\n".join(["| scenario | outcome | s | figures |", "| --- | --- | --- | --- |", *rows])
+
+
+def _in_words(figures: dict[str, Any]) -> str:
+    """Leave out what is nothing, and what the totals tell."""
+    jobs = ", ".join(f"{count} {status}" for status, count in figures.get("jobs", {}).items())
+    others = [
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in sorted(figures.items())
+        if name not in ("jobs", "creates", "files", "reached") and value not in (0, 0.0, None)
+    ]
+    return "; ".join(filter(None, [jobs, *others]))
+
+
+if __name__ == "__main__":
+    print(as_table(json.loads(Path(sys.argv[1]).read_text())))  # noqa: T201

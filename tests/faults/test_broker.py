@@ -104,13 +104,11 @@ def test_f06_the_broker_is_restarted_empty(start_stack: StartStack, scenario: Sc
 
 @full_only
 def test_f07_the_broker_is_away_for_long(start_stack: StartStack, scenario: Scenario) -> None:
-    """20 jobs, the broker down for 4 minutes (15 in the catalogue: every pause has reached its
-    longest by then): no worker exits, all is drained 60 s after.
-    """
+    """20 jobs, the broker down for 15 minutes: no worker exits, all is drained 60 s after."""
     stack = start_stack(workers=2)
     stack.valkey.kill()
     stack.post(20)
-    time.sleep(240)
+    time.sleep(900)
     assert len(stack.living_workers) == 2
     stack.valkey.start()
     drained_seconds = stack.wait_until_done(60)

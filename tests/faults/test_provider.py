@@ -97,7 +97,7 @@ def test_f15_throttling_in_every_form_costs_time_only(
     """
     limit, burst = 600, 10
     stack = start_stack(workers=sized(2, 4), REPLICATE_CREATES_PER_MINUTE=str(limit))
-    stack.post(sized(40, 60))
+    stack.post(sized(40, 69))
     stack.wait_until_done()
     calls = [seconds(call) for call in stack.replicate.ledger().create_calls]
     excess = _excess(calls, limit, burst)
@@ -314,11 +314,11 @@ def test_f18_permanent_errors_fail_at_once(start_stack: StartStack, scenario: Sc
 
 @full_only
 def test_f19_a_cold_boot_takes_its_time(start_stack: StartStack, scenario: Scenario) -> None:
-    """A model boots for 8 minutes, all times scaled 10:1; 20 jobs succeed, paid once."""
-    stack = start_stack(STARTING_DEADLINE_SECONDS="60", RUNNING_DEADLINE_SECONDS="30")
-    stack.replicate.configure(starting_seconds=48, latency_seconds=49)
+    """A model boots for 8 minutes; 20 jobs succeed, paid once, with the default deadlines."""
+    stack = start_stack()
+    stack.replicate.configure(starting_seconds=480, latency_seconds=490)
     stack.post(20)
-    stack.wait_until_done()
+    stack.wait_until_done(600)
     assert set(stack.counts()) == {"completed"}
     assert len(stack.replicate.creates()) == 20
     _record(scenario, stack)
