@@ -15,6 +15,7 @@ import structlog
 from app.errors import FailureClass, ProviderError
 from app.jobs.models import Attempt, Charged
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
+from app.jobs.strays import remove_strays
 from app.providers.base import CLOCK_SKEW, PredictionRequest, Provider
 from app.storage.base import Storage
 
@@ -28,6 +29,8 @@ STOPS_AT_ONCE = 8
 LONGEST_PAUSE_SECONDS = 10.0
 
 HOUSEKEEPING_SECONDS = 60.0
+# A look at every stored file: seldom.
+STRAYS_SECONDS = 3600.0
 # No download takes this long, so nobody is writing the file any more.
 LEFTOVER_SECONDS = 600.0
 # Replicate deletes outputs an hour after the end; a prediction that was submitted half an hour ago
@@ -107,6 +110,7 @@ class Recovery:
             duties.create_task(_every(self._sweep_seconds, self.ring_due))
             duties.create_task(_every(self._sweep_seconds, self.stop_orphans))
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
+            duties.create_task(_every(STRAYS_SECONDS, self.remove_strays))
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
@@ -177,6 +181,11 @@ class Recovery:
             log.error(
                 "output_at_risk", job_id=str(attempt.job_id), submitted_at=attempt.submitted_at
             )
+
+    async def remove_strays(self) -> None:
+        """Have one of the workers remove files that belong to nothing; see `strays`."""
+        if await self._repository.is_eldest(self._worker_id, self._lease_seconds):
+            await remove_strays(self._repository, self._storage)
 
     async def _stop_orphan(self, orphan: Orphan) -> None:
         attempt = orphan.attempt

@@ -632,6 +632,24 @@ class JobRepository:
             taken = await session.execute(statement)
             return [Orphan(attempt, float(age_seconds)) for attempt, age_seconds in taken]
 
+    async def ended_without_output(self, job_ids: Collection[UUID]) -> Collection[UUID]:
+        """Return which of these jobs have failed or been cancelled: they will never own a file."""
+        without = (JobStatus.FAILED, JobStatus.CANCELLED)
+        query = select(jobs.id).where(jobs.id.in_(job_ids), jobs.status.in_(without))
+        async with self._sessions() as session:
+            return (await session.scalars(query)).all()
+
+    async def is_eldest(self, worker_id: UUID, lease_seconds: float) -> bool:
+        """Tell whether this is the longest-lived worker: what one of them has to do is its duty."""
+        eldest = (
+            select(workers.id)
+            .where(workers.heartbeat_at >= _in_seconds(-lease_seconds))
+            .order_by(workers.started_at, workers.id)
+            .limit(1)
+        )
+        async with self._sessions() as session:
+            return await session.scalar(eldest) == worker_id
+
     async def unstored(self, older_than_seconds: float, limit: int) -> Sequence[Attempt]:
         """Return attempts whose prediction was submitted long ago and whose job goes on."""
         query = (

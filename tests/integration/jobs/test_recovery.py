@@ -235,6 +235,37 @@ class TestHousekeeping:
         await worker.recovery.keep_house()
         assert list(workspace.iterdir()) == [young]
 
+    async def test_files_of_jobs_that_ended_without_completing_are_removed(
+        self, worker: Worker, settings: Settings
+    ) -> None:
+        await worker.recovery.heartbeat()
+        failed, cancelled, running = [await worker.claim() for _ in range(3)]
+        await worker.repository.fail(failed.lease, error_code="x", error_message="y")
+        await worker.repository.cancel(cancelled.job.id)
+        ended = [claim.job.id for claim in (failed, cancelled)]
+        stay = [running.job.id, uuid4(), "readme"]
+        for job_id in (*ended, *stay):
+            for name in (f"{job_id}.png", f"{job_id}-1.png"):
+                (settings.media_directory / name).touch()
+            (settings.metadata_directory / f"{job_id}.json").touch()
+        await worker.recovery.remove_strays()
+        left = {path.name for path in settings.media_directory.glob("[!.]*")}
+        assert left == {f"{job_id}{end}" for job_id in stay for end in (".png", "-1.png")}
+        left = {path.name for path in settings.metadata_directory.glob("[!.]*")}
+        assert left == {f"{job_id}.json" for job_id in stay}
+
+    async def test_only_the_eldest_living_worker_looks_at_every_file(
+        self, worker: Worker, settings: Settings
+    ) -> None:
+        claim = await worker.claim()
+        await worker.repository.cancel(claim.job.id)
+        stray = settings.media_directory / f"{claim.job.id}.png"
+        stray.touch()
+        await worker.repository.heartbeat(uuid4(), "an elder one", 1, 60)
+        await worker.recovery.heartbeat()
+        await worker.recovery.remove_strays()
+        assert stray.exists()
+
     async def test_an_output_that_waits_long_is_reported(
         self,
         worker: Worker,
