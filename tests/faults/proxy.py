@@ -1,6 +1,7 @@
-"""A TCP proxy on loopback that can pass, refuse, reset, delay, cut, and silently hold."""
+"""A TCP proxy on loopback that can pass, refuse, reset, delay, cut, silently hold, and answer."""
 
 import asyncio
+import re
 import socket
 import struct
 import threading
@@ -29,8 +30,8 @@ class FaultProxy:
     """Stands in front of one port of this machine; use as a context manager.
 
     It runs on a thread of its own. Every method takes effect before it returns and may be called
-    from any thread; the last of `pass_on`, `refuse`, `hold` decides, `delay` and `cut_replies`
-    come on top of passing.
+    from any thread; the last of `pass_on`, `refuse`, `hold`, `answer` decides, `delay` and
+    `cut_replies` come on top of passing.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -45,6 +46,7 @@ class FaultProxy:
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held = False
+        self._answer: bytes | None = None
         self._delay_seconds = 0.0
         self._cut_after_bytes: int | None = None
 
@@ -88,6 +90,10 @@ class FaultProxy:
         """After `hold`: new connections pass, the others stay silent for ever (a fail-over)."""
         self._do(self._forget())
 
+    def answer(self, response: bytes) -> None:
+        """Answer every HTTP request with this (head and body, to be the connection's last)."""
+        self._do(self._answer_with(response))
+
     def delay(self, seconds: float) -> None:
         """Hold back every chunk, in both directions, for so long; 0 ends it."""
         self._do(self._set(delay_seconds=seconds))
@@ -115,7 +121,7 @@ class FaultProxy:
             self._server = await asyncio.start_server(self._serve, sock=listener, backlog=BACKLOG)
 
     async def _pass_on(self) -> None:
-        await self._set(delay_seconds=0, cut_after_bytes=None, held=False)
+        await self._set(delay_seconds=0, cut_after_bytes=None, held=False, answer=None)
         await self._listen()
         for link in self._links:
             link.flowing.set()
@@ -145,7 +151,12 @@ class FaultProxy:
         self._held = False
         self._links.clear()
 
-    async def _set(self, **values: float | int | None) -> None:
+    async def _answer_with(self, response: bytes) -> None:
+        await self._set(answer=response)
+        await self._reset()
+        await self._listen()
+
+    async def _set(self, **values: bytes | float | int | None) -> None:
         for name, value in values.items():
             setattr(self, f"_{name}", value)
 
@@ -171,6 +182,9 @@ class FaultProxy:
             link.flowing.set()
         try:
             await link.flowing.wait()
+            if self._answer is not None:
+                await _answer_one(reader, client, self._answer)
+                return
             replies, link.server = await asyncio.open_connection(HOST, self._target_port)
             await asyncio.gather(
                 self._pump(link, reader, link.server),
@@ -222,6 +236,18 @@ class FaultProxy:
         link.client.close() if left > 0 else _abort(link.client)
         _abort(link.server)
         return False
+
+
+async def _answer_one(
+    reader: asyncio.StreamReader, client: asyncio.StreamWriter, response: bytes
+) -> None:
+    """Read one request to its end, then answer it: earlier, and the client might see a reset."""
+    with suppress(asyncio.IncompleteReadError):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+        await reader.readexactly(int(length[1]) if length else 0)
+        client.write(response)
+        await client.drain()
 
 
 def _bound(port: int) -> socket.socket:

@@ -1,21 +1,27 @@
-"""A disk that is full, read-only or broken, and deaths while storing: F26, F27, F28."""
+"""A disk or bucket that is full, read-only or broken, deaths while storing: F26, F27, F28."""
 
 import base64
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from uuid import uuid4
 
+import httpx
+import obstore
 import pytest
+from obstore.store import S3Store
 from PIL import Image
 
 from tests.faults.harness import Stack, StartStack, wait_for
 from tests.faults.oracle import check
+from tests.faults.proxy import FaultProxy
 from tests.faults.report import Scenario, full_only, sized
 from tests.faults.test_workers import keep_workers
+from tests.s3_server import KEYS
 
 SMALL = "size=8m"
 LARGE = "size=256m"
@@ -97,6 +103,61 @@ def test_f27_the_disk_fails(
     failing.unlink()
     rest_seconds = stack.wait_until_done(60)
     scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
+
+
+def _http(status: str, code: str) -> bytes:
+    """Return what an S3 server answers that will not take a file."""
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+# How the bucket fails, by a word for each manner.
+BUCKET_FAILURES: dict[str, Callable[[FaultProxy], None]] = {
+    "refuses": FaultProxy.refuse,
+    "is silent": FaultProxy.hold,
+    "answers 500": lambda s3: s3.answer(_http("500 Internal Server Error", "InternalError")),
+    "answers 412": lambda s3: s3.answer(_http("412 Precondition Failed", "PreconditionFailed")),
+    "finds another checksum": lambda s3: s3.answer(_http("400 Bad Request", "BadDigest")),
+}
+
+
+@full_only
+@pytest.mark.parametrize("manner", BUCKET_FAILURES)
+def test_f27_the_bucket_fails(
+    start_stack: StartStack, scenario: Scenario, s3_url: str, manner: str
+) -> None:
+    """50 jobs, the bucket fails for 20 s: none is completed without its file, all finish after."""
+    with FaultProxy(httpx.URL(s3_url).port or 0) as s3:
+        url = f"s3://media/{uuid4().hex}"
+        bucket = {"STORAGE_URL": url, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.port}", **KEYS}
+        stack = start_stack(**bucket)
+        BUCKET_FAILURES[manner](s3)
+        stack.post(50)
+        time.sleep(20)
+        assert "completed" not in stack.counts()
+        s3.pass_on()
+        rest_seconds = stack.wait_until_done(120)
+    assert set(stack.counts()) == {"completed"}
+    _fetch_all(url, s3_url, stack)
+    scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
+
+
+def _fetch_all(url: str, endpoint_url: str, stack: Stack) -> None:
+    """Copy the bucket to where the oracle looks for files."""
+    store = S3Store.from_url(
+        url,
+        endpoint=endpoint_url,
+        access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    for batch in obstore.list(store):
+        for found in batch:
+            target = stack.media.parent / found["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(bytes(obstore.get(store, found["path"]).bytes()))
 
 
 @full_only
