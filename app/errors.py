@@ -83,6 +83,7 @@ class FailureClass(StrEnum):
 
     TRANSIENT = "transient"  # proven not to have produced anything: counts an attempt, backs off
     THROTTLED = "throttled"  # refused for its rate: wait as asked, not an attempt
+    UNAVAILABLE = "unavailable"  # nothing was sent: an outage may last, not an attempt, backs off
     AMBIGUOUS = "ambiguous"  # may have been accepted and paid: reconcile before anything else
     PERMANENT = "permanent"  # would fail again: invalid input, moderation, auth, credit
     INTERNAL = "internal"  # our own disk or database: try again, not an attempt

@@ -13,14 +13,15 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.errors import (
     FailureClass,
@@ -31,6 +32,7 @@ from app.errors import (
 )
 from app.jobs.models import Attempt, Charged, Job, JobPhase
 from app.jobs.outputs import DECODERS, OutputKeeper
+from app.jobs.reconcile import AttemptEnded, ReconcilePolicy, Reconciler
 from app.jobs.repository import (
     SUBMIT_WINDOW_SECONDS,
     Claim,
@@ -40,15 +42,16 @@ from app.jobs.repository import (
 )
 from app.jobs.retry import Fail, RetryPolicy, decide
 from app.jobs.watch import PredictionWatcher
-from app.providers.base import CLOCK_SKEW, Prediction, PredictionRequest, Provider
+from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
 
 # Creates under way at once in this process; the others wait before they commit their intent.
 SUBMIT_CONCURRENCY = 100
 SEED_LIMIT = 2**31
 CREATE_GRACE_SECONDS = 2.0
-# Replicate's ids have 26; the mock's are long, because they carry the prompt.
-LOGGED_ID_CHARS = 32
+# For a database that is away just when the id must be kept.
+RECORD_SECONDS = 30.0
+RECORD_PAUSE_SECONDS = 1.0
 
 # Whether a model (by name) has a parameter (by name): `ParameterChecker.knows`.
 KnowsParameter = Callable[[str, str], Awaitable[bool]]
@@ -82,18 +85,7 @@ class LifecyclePolicy:
     job_deadline_seconds: float
     cancel_after_seconds: float
     webhook_base_url: str | None
-    reconcile_grace_seconds: float
-    reconcile_deadline_seconds: float
-    on_unknown_outcome: Literal["fail", "resubmit"]
-
-
-class AttemptEnded(Exception):
-    """The attempt is over without a stored output; the job may or may not get another."""
-
-    def __init__(self, error: ProviderError, settlement: Settlement) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.settlement = settlement
+    reconcile: ReconcilePolicy
 
 
 class Lifecycle:
@@ -114,6 +106,7 @@ class Lifecycle:
         self._keeper = keeper
         self._knows_parameter = knows_parameter
         self._policy = policy
+        self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._submitting = asyncio.Semaphore(SUBMIT_CONCURRENCY)
         self._suspects = asyncio.Lock()
         self._decoders = asyncio.Semaphore(DECODERS)
@@ -158,9 +151,9 @@ class Lifecycle:
 
     async def _advance(self, claim: Claim) -> None:
         attempt, prediction = await self._prediction(claim)
+        attempt.prediction_id = prediction.id
         if not prediction.is_terminal:
-            with _ending(attempt, permanent_only=True):
-                prediction = await self._watcher.wait(prediction.id)
+            prediction = await self._wait(attempt, prediction.id)
         log.info(
             "prediction_ended",
             prediction_id=prediction.id[:LOGGED_ID_CHARS],
@@ -175,9 +168,20 @@ class Lifecycle:
         if attempt is None:
             return await self._submit(claim)
         if attempt.prediction_id is None:
-            return attempt, await self._reconcile(claim, attempt)
-        with _ending(attempt, permanent_only=True):
-            return attempt, await self._provider.get(attempt.prediction_id)
+            return attempt, await self._reconciler.resolve(claim, attempt)
+        # However it stands by now: one page of the list tells of a hundred that are resumed.
+        known = Prediction(attempt.prediction_id, "starting", attempt.model_name, attempt.input)
+        return attempt, known
+
+    async def _wait(self, attempt: Attempt, prediction_id: str) -> Prediction:
+        """Wait for the end of a prediction.
+
+        One that can not be ended fails the job, but not the attempt: the sweep goes on stopping it.
+        """
+        try:
+            return await self._watcher.wait(prediction_id)
+        except PredictionNotFound as error:
+            raise AttemptEnded(error, _settlement(attempt, None, error)) from error
 
     # --- submit ------------------------------------------------------------------------------
 
@@ -219,10 +223,41 @@ class Lifecycle:
         webhook = f"{base_url}/{attempt.id}" if base_url else None
         with _ending(attempt):
             prediction = await self._provider.create(replace(request, webhook=webhook), may_send)
-        if not await self._repository.record_prediction(lease, attempt.id, prediction):
-            # Another attempt with the same input adopted it, so that one's own may be ours.
-            raise _ambiguous("The prediction was taken over by another job.")
+        await self._record(lease, attempt, prediction)
         return prediction
+
+    async def _record(self, lease: Lease, attempt: Attempt, prediction: Prediction) -> None:
+        """Commit the id, insistently: nobody but this process knows it yet."""
+        give_up_at = time.monotonic() + RECORD_SECONDS
+        while True:
+            try:
+                if await self._repository.record_prediction(lease, attempt.id, prediction):
+                    return
+                break
+            except LeaseLost:
+                await self._leave(attempt, prediction)
+                raise
+            except (SQLAlchemyError, OSError) as error:
+                if time.monotonic() > give_up_at:
+                    raise
+                log.warning("prediction_not_recorded", error=type(error).__name__)
+                await asyncio.sleep(RECORD_PAUSE_SECONDS)
+        await self._leave(attempt, prediction)
+        # Another attempt with the same input adopted it, so that one's own may be ours.
+        raise ProviderError(
+            FailureClass.AMBIGUOUS,
+            "provider_outcome_pending",
+            "The prediction was taken over by another job.",
+        )
+
+    async def _leave(self, attempt: Attempt, prediction: Prediction) -> None:
+        """Leave a prediction to whoever its attempt belongs to by now; stop it if to nobody."""
+        await self._repository.adopt(attempt.id, prediction)
+        if await self._repository.is_known(self._provider.name, prediction.id):
+            return
+        log.error("prediction_unwanted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
+        with suppress(ProviderError):  # `Cancel-After` bounds what it costs
+            await self._provider.cancel(prediction.id)
 
     async def _request(self, job: Job) -> PredictionRequest:
         """Build the input: the client's parameters unchanged, and a seed if the model has one.
@@ -233,57 +268,6 @@ class Lifecycle:
         if given.get("seed") is None and await self._knows_parameter(job.model_name, "seed"):
             given["seed"] = secrets.randbelow(SEED_LIMIT)
         return PredictionRequest(job.model_name, given, round(self._policy.cancel_after_seconds))
-
-    # --- reconcile ---------------------------------------------------------------------------
-
-    async def _reconcile(self, claim: Claim, attempt: Attempt) -> Prediction:
-        """Find out what became of a create call whose answer nobody has.
-
-        Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
-        no prediction, or that nobody will ever know.
-        """
-        if claim.job.phase is JobPhase.SUBMITTING:
-            # The last owner may only have been paused, and sends its create until the window of
-            # the intent is over; while the phase says so, no cancel is confirmed.
-            await asyncio.sleep(SUBMIT_WINDOW_SECONDS - claim.attempt_age_seconds)
-        own_seed = claim.job.parameters.get("seed") is None and "seed" in attempt.input
-        request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
-        try:
-            found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
-        except ProviderError as error:
-            self._give_up_if_unprovable(claim, attempt, error)
-            raise
-        for prediction in found:
-            if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
-                log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
-                return prediction
-        if claim.attempt_age_seconds < self._policy.reconcile_grace_seconds:
-            raise _ambiguous("The create call may still be under way.")
-        log.info("create_proven_absent")
-        raise AttemptEnded(
-            ProviderError(
-                FailureClass.TRANSIENT,
-                "create_lost",
-                "The provider never received the create call.",
-            ),
-            Settlement(attempt.id, "absent", Charged.NO),
-        )
-
-    def _give_up_if_unprovable(self, claim: Claim, attempt: Attempt, error: ProviderError) -> None:
-        young = claim.attempt_age_seconds < self._policy.reconcile_deadline_seconds
-        if young and error.failure_class is not FailureClass.PERMANENT:
-            return
-        log.error("provider_outcome_unknown", attempt_id=str(attempt.id))
-        resubmit = self._policy.on_unknown_outcome == "resubmit"
-        raise AttemptEnded(
-            ProviderError(
-                FailureClass.TRANSIENT if resubmit else FailureClass.PERMANENT,
-                "provider_outcome_unknown",
-                "The provider never said whether it accepted the prediction;"
-                " it was not submitted again, because it may have been paid.",
-            ),
-            Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class, error.message),
-        ) from error
 
     # --- store and conclude ------------------------------------------------------------------
 
@@ -343,6 +327,7 @@ class Lifecycle:
                 error_message=error.message,
                 retries=decision.retries,
                 throttles=decision.throttles,
+                phase=_phase_to_keep(claim),
                 settlement=settlement,
             )
         except LeaseLost:
@@ -389,6 +374,7 @@ def _settlement(
 ) -> Settlement:
     return Settlement(
         attempt.id,
+        attempt.prediction_id,
         outcome=prediction.status if prediction else error.code if error else "unknown",
         charged=_charged(prediction, error),
         error_class=error.failure_class if error else None,
@@ -413,15 +399,18 @@ def _charged(prediction: Prediction | None, error: ProviderError | None) -> Char
     return Charged.UNKNOWN
 
 
+def _phase_to_keep(claim: Claim) -> JobPhase | None:
+    """While the last owner's create may be under way, whoever is next has to outwait it too."""
+    attempt = claim.attempt
+    unresolved = attempt is not None and attempt.prediction_id is None
+    return claim.job.phase if unresolved and claim.job.phase is JobPhase.SUBMITTING else None
+
+
 def _uncounted(error: ProviderError) -> ProviderError:
     """The attempt goes on: a failed read or download must not use up a retry."""
     if error.failure_class is not FailureClass.TRANSIENT:
         return error
     return ProviderError(FailureClass.INTERNAL, error.code, error.message)
-
-
-def _ambiguous(message: str) -> ProviderError:
-    return ProviderError(FailureClass.AMBIGUOUS, "provider_outcome_pending", message)
 
 
 def _internal(code: str) -> ProviderError:

@@ -5,15 +5,15 @@ them may run in any number of workers at once: every write is guarded or skips l
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import nullcontext
 from typing import Protocol
 from uuid import UUID
 
 import structlog
 
 from app.errors import FailureClass, ProviderError
-from app.jobs.models import Attempt, Charged
+from app.jobs.models import Charged
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
 from app.jobs.strays import remove_strays
 from app.providers.base import CLOCK_SKEW, PredictionRequest, Provider
@@ -24,6 +24,10 @@ BATCH = 500
 QUEUE_TARGET = 1000
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
+# Replicate forgets inputs after an hour, and no prediction runs as long.
+ORPHAN_MEMORY_SECONDS = 3600.0
+# Jobs that have begun are run without a message when theirs is not heard for so long.
+UNHEARD_SECONDS = 3.0
 # More would only queue before the provider's rate, and the poller's reads behind them.
 STOPS_AT_ONCE = 8
 LONGEST_PAUSE_SECONDS = 10.0
@@ -63,6 +67,10 @@ class Runs(Protocol):
         """Return the job of every run, claimed or about to."""
         ...
 
+    def start(self, job_id: UUID) -> None:
+        """Run a job that needs no message."""
+        ...
+
     def stop(self, lease: Lease) -> None:
         """Stop the run that holds this lease; it writes nothing more."""
         ...
@@ -74,6 +82,7 @@ class Recovery:
     def __init__(
         self,
         repository: JobRepository,
+        heartbeats: JobRepository,
         provider: Provider,
         doorbell: Doorbell,
         runs: Runs,
@@ -86,7 +95,9 @@ class Recovery:
         lease_seconds: float,
         sweep_seconds: float,
     ) -> None:
+        """`heartbeats` is the repository on a connection that nothing else uses."""
         self._repository = repository
+        self._heartbeats = heartbeats
         self._provider = provider
         self._doorbell = doorbell
         self._runs = runs
@@ -98,25 +109,37 @@ class Recovery:
         self._lease_seconds = lease_seconds
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
+        self._unheard_until = 0.0  # of the monotonic clock
         self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
         self.living_workers = 1
 
     async def run(self) -> None:
         """Do all duties for ever; cancel the task to end them."""
         async with asyncio.TaskGroup() as duties:
-            duties.create_task(_every(self._heartbeat_seconds, self.heartbeat))
-            duties.create_task(_every(self._sweep_seconds, self.check_leases))
-            duties.create_task(_every(self._sweep_seconds, self.sweep))
-            duties.create_task(_every(self._sweep_seconds, self.ring_due))
-            duties.create_task(_every(self._sweep_seconds, self.stop_orphans))
+            # Never less often: after an outage it is this that says that the worker lives.
+            beat = self._heartbeat_seconds
+            duties.create_task(_every(beat, self.heartbeat, longest_seconds=beat))
+            for duty in (
+                self.check_leases,
+                self.sweep,
+                self.ring_due,
+                self.resume_unheard,
+                self.stop_orphans,
+                self.stop_lost_orphans,
+            ):
+                duties.create_task(_every(self._sweep_seconds, duty))
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
             duties.create_task(_every(STRAYS_SECONDS, self.remove_strays))
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
-        self.living_workers = await self._repository.heartbeat(
-            self._worker_id, self._worker_name, self._concurrency, self._lease_seconds
-        )
+        try:
+            self.living_workers = await self._heartbeats.heartbeat(
+                self._worker_id, self._worker_name, self._concurrency, self._lease_seconds
+            )
+        except Exception:
+            self._unheard_until = time.monotonic() + self._lease_seconds
+            raise
 
     async def check_leases(self) -> None:
         """Stop runs whose job was cancelled or taken over; free jobs that no run stands behind."""
@@ -141,6 +164,9 @@ class Recovery:
             log.warning("job_expired", job_id=str(job_id))
         for job_id in await self._repository.fail_poisoned(BATCH):
             log.error("job_poisoned", job_id=str(job_id))
+        if time.monotonic() < self._unheard_until:
+            # The database was away, so nobody was heard: they live until a lease has gone by.
+            return
         freed = await self._repository.release_dead(self._lease_seconds)
         if freed:
             log.warning("jobs_taken_from_silent_worker", jobs=len(freed))
@@ -158,19 +184,28 @@ class Recovery:
         if due:
             await asyncio.to_thread(self._doorbell.ring, due)
 
-    async def stop_orphans(self) -> None:
-        """Stop predictions whose job has ended without them (cancelled, past its deadline).
+    async def resume_unheard(self) -> None:
+        """Run jobs that have begun without waiting for their message any longer.
 
-        A search takes long: none begins before what is known to run is stopped. (Searches share
-        one reading of the provider's list, so all of them begin at once.)
+        What is paid for must not stand behind a queue of new jobs, nor wait for a slot: it needs
+        none, and Replicate deletes outputs after an hour.
         """
-        orphans = await self._repository.take_orphans(BATCH)
-        known = [orphan for orphan in orphans if orphan.attempt.prediction_id]
-        lost = [orphan for orphan in orphans if not orphan.attempt.prediction_id]
-        for group in (known, lost):
-            async with asyncio.TaskGroup() as stopping:
-                for orphan in group:
-                    stopping.create_task(self._stop_orphan(orphan))
+        for job_id in await self._repository.unheard(UNHEARD_SECONDS, BATCH):
+            log.info("job_resumed_without_message", job_id=str(job_id))
+            self._runs.start(job_id)
+
+    async def stop_orphans(self) -> None:
+        """Stop predictions whose job has ended without them (cancelled, past its deadline)."""
+        orphans = await self._repository.take_orphans(BATCH, known=True)
+        await asyncio.gather(*(self._stop_orphan(orphan) for orphan in orphans))
+
+    async def stop_lost_orphans(self) -> None:
+        """The same for creates whose answer was lost: they have to be found first.
+
+        Searches share one reading of the provider's list, so all of them begin at once.
+        """
+        orphans = await self._repository.take_orphans(BATCH, known=False)
+        await asyncio.gather(*(self._stop_orphan(orphan) for orphan in orphans))
 
     async def keep_house(self) -> None:
         """Remove what dead processes left half-written; warn of outputs that may be lost soon."""
@@ -188,41 +223,66 @@ class Recovery:
             await remove_strays(self._repository, self._storage)
 
     async def _stop_orphan(self, orphan: Orphan) -> None:
+        """Never raises: others are being stopped beside it."""
+        try:
+            await self._try_to_stop(orphan)
+        except Exception as error:
+            attempt_id = str(orphan.attempt.id)
+            log.warning("orphan_not_stopped", attempt_id=attempt_id, error=type(error).__name__)
+
+    async def _try_to_stop(self, orphan: Orphan) -> None:
         attempt = orphan.attempt
         try:
-            async with self._stopping if attempt.prediction_id else nullcontext():
-                settlement = await self._stopped(orphan)
+            prediction_id = attempt.prediction_id or await self._find(orphan)
+            async with self._stopping:
+                settlement = await self._stopped(orphan, prediction_id)
         except ProviderError as error:
             log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
-            if error.failure_class is not FailureClass.PERMANENT:
-                return  # the provider is not well: later
-            # Nobody will ever know; `Cancel-After` bounds what it costs.
-            settlement = Settlement(attempt.id, "unknown", Charged.UNKNOWN, error.failure_class)
+            settlement = _given_up(orphan, error)
         if settlement is not None:
             await self._repository.settle_orphan(settlement)
 
-    async def _stopped(self, orphan: Orphan) -> Settlement | None:
+    async def _stopped(self, orphan: Orphan, prediction_id: str | None) -> Settlement | None:
         """Cancel the prediction; return how the attempt has ended, None if nobody knows yet."""
         attempt = orphan.attempt
-        prediction_id = attempt.prediction_id or await self._find(attempt)
         if prediction_id is not None:
             await self._provider.cancel(prediction_id)
             log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
-            return Settlement(attempt.id, "canceled", Charged.UNKNOWN)
+            return Settlement(attempt.id, prediction_id, "canceled", Charged.UNKNOWN)
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
-            return Settlement(attempt.id, "absent", Charged.NO)
+            return Settlement(attempt.id, None, "absent", Charged.NO)
         return None
 
-    async def _find(self, attempt: Attempt) -> str | None:
+    async def _find(self, orphan: Orphan) -> str | None:
         """Return the prediction of a create whose answer was lost, unless another job has it."""
-        request = PredictionRequest(attempt.model_name, attempt.input, 0)
-        for prediction in await self._provider.find(request, attempt.created_at - CLOCK_SKEW):
+        attempt = orphan.attempt
+        request = PredictionRequest(
+            attempt.model_name, attempt.input, 0, has_own_seed=orphan.has_own_seed
+        )
+        found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
+        if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
+            return None  # it may be the other's, and that one is wanted
+        for prediction in found:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
         return None
 
 
-async def _every(seconds: float, duty: Callable[[], Awaitable[None]]) -> None:
+def _given_up(orphan: Orphan, error: ProviderError) -> Settlement | None:
+    """Close an attempt of which nobody will ever know; `Cancel-After` bounds what it costs."""
+    lasting = error.failure_class is FailureClass.PERMANENT
+    if not lasting and orphan.age_seconds < ORPHAN_MEMORY_SECONDS:
+        return None  # the provider is not well: later
+    attempt = orphan.attempt
+    known = attempt.prediction_id
+    return Settlement(attempt.id, known, "unknown", Charged.UNKNOWN, error.failure_class)
+
+
+async def _every(
+    seconds: float,
+    duty: Callable[[], Awaitable[None]],
+    longest_seconds: float = LONGEST_PAUSE_SECONDS,
+) -> None:
     """Repeat a duty for ever; while it fails, with growing pauses."""
     pause = seconds
     while True:
@@ -231,7 +291,7 @@ async def _every(seconds: float, duty: Callable[[], Awaitable[None]]) -> None:
             pause = seconds
         except Exception as error:
             # The database or the broker is away, say: nothing here may end the worker.
-            pause = min(2 * pause, max(seconds, LONGEST_PAUSE_SECONDS))
+            pause = min(2 * pause, max(seconds, longest_seconds))
             log.warning(
                 "duty_failed", duty=duty.__name__, error=type(error).__name__, pause_seconds=pause
             )

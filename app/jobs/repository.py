@@ -14,7 +14,19 @@ from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Update,
+    all_,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -92,9 +104,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How an attempt ended, written in the same transaction as the job's next state."""
+    """How an attempt ended, written in the same transaction as the job's next state.
+
+    `prediction_id` is what the writer knows: should the attempt have got another one meanwhile
+    (by the provider's report, say), nothing is written.
+    """
 
     attempt_id: UUID
+    prediction_id: str | None
     outcome: str
     charged: Charged
     error_class: FailureClass | None = None
@@ -105,10 +122,14 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """An open attempt of a job that has ended, and how long ago its intent was committed."""
+    """An open attempt of a job that has ended, and how long ago its intent was committed.
+
+    With `has_own_seed` its input was made for it alone; see `PredictionRequest`.
+    """
 
     attempt: Attempt
     age_seconds: float
+    has_own_seed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +228,7 @@ class JobRepository:
             return await session.get(Attempt, attempt_id)
 
     async def adopt(self, attempt_id: UUID, prediction: Prediction) -> bool:
-        """Note the found prediction of an attempt; False if another attempt has it.
+        """Note the found prediction of an attempt; tell whether the attempt has it now.
 
         For what was learned from outside a run: by the provider's report, or by the sweep for
         a job that has ended. It changes an `intent` only; the job's create is no longer under way.
@@ -229,9 +250,17 @@ class JobRepository:
                 await session.execute(select(jobs.id).where(jobs.id == job_id).with_for_update())
                 if await session.scalar(_submitted(attempt_id, prediction)):
                     await session.execute(job)
-        except IntegrityError:
+                return await _has(session, attempt_id, prediction)
+        except IntegrityError:  # another attempt has it
             return False
-        return True
+
+    async def is_known(self, provider: str, prediction_id: str) -> bool:
+        """Tell whether the prediction belongs to any attempt."""
+        query = select(attempts.id).where(
+            attempts.provider == provider, attempts.prediction_id == prediction_id
+        )
+        async with self._sessions() as session:
+            return await session.scalar(query) is not None
 
     async def output_named(self, name: str) -> Output | None:
         """Return the output stored under this file name, or None."""
@@ -373,7 +402,8 @@ class JobRepository:
     async def record_prediction(
         self, lease: Lease, attempt_id: UUID, prediction: Prediction
     ) -> bool:
-        """Commit the id of the attempt's prediction; False if another attempt has it already.
+        """Commit the id of the attempt's prediction; False if it belongs to another attempt,
+        or the attempt has another prediction.
 
         The id is kept even when a cancel came first: the sweep needs it to stop the prediction.
         Raises: LeaseLost - the job is no longer ours, whether the id could be kept or not.
@@ -389,6 +419,10 @@ class JobRepository:
             async with self._sessions.begin() as session:
                 ours = await session.scalar(job.returning(jobs.id))
                 await session.execute(attempt)
+                # The provider's report may have come first, of this prediction or another.
+                if ours and not await _has(session, attempt_id, prediction):
+                    await session.rollback()
+                    return False
         except IntegrityError:
             return False
         if ours is None:
@@ -426,6 +460,7 @@ class JobRepository:
         error_message: str,
         retries: int = 0,
         throttles: int = 0,
+        phase: JobPhase | None = None,
         settlement: Settlement | None = None,
     ) -> None:
         """processing -> pending, due again after the delay.
@@ -434,7 +469,7 @@ class JobRepository:
         """
         statement = _guarded(lease).values(
             status=JobStatus.PENDING,
-            phase=None,
+            phase=phase,
             worker_id=None,
             next_attempt_at=_in_seconds(delay_seconds),
             ring_at=_in_seconds(delay_seconds),
@@ -476,13 +511,13 @@ class JobRepository:
         async with self._sessions.begin() as session:
             await _expect(session, statement)
             await session.execute(insert(Output), rows)
-            await session.execute(_settle(settlement))
+            await _expect_settled(session, settlement)
 
     async def _finish(self, statement: Update, settlement: Settlement | None) -> None:
         async with self._sessions.begin() as session:
             await _expect(session, statement)
             if settlement is not None:
-                await session.execute(_settle(settlement))
+                await _expect_settled(session, settlement)
 
     # --- every worker's side: heartbeat and sweep ----------------------------------------------
 
@@ -524,29 +559,56 @@ class JobRepository:
     async def release_dead(self, lease_seconds: float) -> Sequence[UUID]:
         """Free the jobs of workers that have been silent for longer than their lease."""
         fresh = workers.heartbeat_at >= _in_seconds(-lease_seconds)
-        owner_lives = select(workers.id).where(workers.id == jobs.worker_id, fresh)
+        # An array, read once: a NOT EXISTS would be asked again, of nobody, for a row that a
+        # living worker has claimed just now, and take it away (EvalPlanQual, PostgreSQL's
+        # "Read Committed Isolation Level").
+        living = select(workers.id).where(fresh).scalar_subquery()
+        owner_is_silent = jobs.worker_id != all_(func.array(living))
+        found = (
+            select(jobs.id)
+            .where(jobs.status == JobStatus.PROCESSING, owner_is_silent)
+            .with_for_update(skip_locked=True)
+        )
         gone = workers.heartbeat_at < _in_seconds(-10 * lease_seconds)
         async with self._sessions.begin() as session:
-            ids = await session.scalars(_release(~owner_lives.exists()))
+            ids = await session.scalars(_release(and_(jobs.id.in_(found), owner_is_silent)))
             await session.execute(delete(Worker).where(gone))
             return ids.all()
 
     async def due(self, limit: int) -> Sequence[UUID]:
         """Return unowned jobs whose doorbell should ring now; each is left alone for a while."""
-        overdue = (
+        return await self._take_due(jobs.ring_at <= func.now(), limit)
+
+    async def unheard(self, patience_seconds: float, limit: int) -> Sequence[UUID]:
+        """Return due jobs with an open attempt that nobody claimed so long after their ring.
+
+        Their message waits behind others, or is lost. Each is left alone for a while.
+        """
+        is_due = or_(jobs.next_attempt_at.is_(None), jobs.next_attempt_at <= func.now())
+        # Not rung at all (the broker is away), or rung: then `ring_at` was put off.
+        never_rung = jobs.ring_at <= _in_seconds(-patience_seconds)
+        rung = and_(
+            jobs.ring_at > func.now(),
+            jobs.ring_at <= _in_seconds(RING_AGAIN_SECONDS - patience_seconds),
+        )
+        has_attempt = select(attempts.id).where(
+            attempts.job_id == jobs.id, attempts.state != AttemptState.SETTLED
+        )
+        return await self._take_due(
+            and_(is_due, or_(never_rung, rung), has_attempt.exists()), limit
+        )
+
+    async def _take_due(self, condition: ColumnElement[bool], limit: int) -> Sequence[UUID]:
+        found = (
             select(jobs.id)
-            .where(
-                jobs.worker_id.is_(None),
-                jobs.status.in_(UNFINISHED),
-                jobs.ring_at <= func.now(),
-            )
+            .where(jobs.worker_id.is_(None), jobs.status.in_(UNFINISHED), condition)
             .order_by(jobs.ring_at)
             .limit(limit)
-            .with_for_update(skip_locked=True)
+            .with_for_update(skip_locked=True, of=Job)
         )
         statement = (
             update(Job)
-            .where(jobs.id.in_(overdue))
+            .where(jobs.id.in_(found))
             .values(ring_at=_in_seconds(RING_AGAIN_SECONDS))
             .returning(jobs.id)
         )
@@ -600,37 +662,61 @@ class JobRepository:
 
     async def finish_cancels(self) -> None:
         """Finish cancels whose API process went away while it waited."""
+        found = (
+            select(jobs.id)
+            .where(jobs.status.in_(UNFINISHED), jobs.cancel_requested_at.is_not(None))
+            .with_for_update(skip_locked=True)
+        )
         async with self._sessions.begin() as session:
-            await session.execute(_finish_cancel(jobs.cancel_requested_at.is_not(None)))
+            await session.execute(_finish_cancel(jobs.id.in_(found)))
 
-    async def take_orphans(self, limit: int) -> list[Orphan]:
+    async def take_orphans(self, limit: int, *, known: bool = True) -> list[Orphan]:
         """Return open attempts of jobs that have ended: their predictions should be stopped.
 
-        Those whose prediction is known come first, then the oldest. Each is left to the caller
-        for `STOP_AGAIN_SECONDS`.
+        Either those whose prediction is known, or those whose prediction has yet to be found;
+        the oldest first. Each is left to the caller for `STOP_AGAIN_SECONDS`.
         """
         found = (
             select(attempts.id)
             .join(Job, jobs.id == attempts.job_id)
             .where(
                 attempts.state != AttemptState.SETTLED,
+                attempts.prediction_id.is_not(None) if known else attempts.prediction_id.is_(None),
                 attempts.stop_at <= func.now(),
                 jobs.status.in_(TERMINAL),
             )
-            .order_by(attempts.prediction_id.is_(None), attempts.created_at)
+            .order_by(attempts.created_at)
             .limit(limit)
             .with_for_update(of=Attempt, skip_locked=True)
         )
         age = func.extract("epoch", func.now() - attempts.created_at)
+        given_seed = (
+            select(jobs.parameters["seed"].astext)
+            .where(jobs.id == attempts.job_id)
+            .scalar_subquery()
+        )
         statement = (
             update(Attempt)
             .where(attempts.id.in_(found))
             .values(stop_at=_in_seconds(STOP_AGAIN_SECONDS))
-            .returning(Attempt, age)
+            .returning(Attempt, age, given_seed)
         )
         async with self._sessions.begin() as session:
-            taken = await session.execute(statement)
-            return [Orphan(attempt, float(age_seconds)) for attempt, age_seconds in taken]
+            return [
+                Orphan(attempt, float(age_seconds), seed is None and "seed" in attempt.input)
+                for attempt, age_seconds, seed in await session.execute(statement)
+            ]
+
+    async def has_twin(self, attempt: Attempt) -> bool:
+        """Tell whether another create with exactly this input may be under way."""
+        query = select(attempts.id).where(
+            attempts.state == AttemptState.INTENT,
+            attempts.id != attempt.id,
+            attempts.model_name == attempt.model_name,
+            attempts.input == attempt.input,
+        )
+        async with self._sessions() as session:
+            return await session.scalar(query.limit(1)) is not None
 
     async def ended_without_output(self, job_ids: Collection[UUID]) -> Collection[UUID]:
         """Return which of these jobs have failed or been cancelled: they will never own a file."""
@@ -689,6 +775,17 @@ async def _expect(session: AsyncSession, statement: Update) -> None:
         raise LeaseLost
 
 
+async def _has(session: AsyncSession, attempt_id: UUID, prediction: Prediction) -> bool:
+    query = select(attempts.prediction_id).where(attempts.id == attempt_id)
+    return await session.scalar(query) == prediction.id
+
+
+async def _expect_settled(session: AsyncSession, settlement: Settlement) -> None:
+    """Settle the attempt; raise (and so take back the job's new state) if it is not as known."""
+    if await session.scalar(_settle(settlement).returning(attempts.id)) is None:
+        raise LeaseLost
+
+
 async def _counts(session: AsyncSession) -> dict[str, int]:
     query = select(counts.status, func.sum(counts.count)).group_by(counts.status)
     by_status = dict.fromkeys((status.value for status in JobStatus), 0)
@@ -728,7 +825,11 @@ def _submitted(attempt_id: UUID, prediction: Prediction) -> Any:
 def _settle(settlement: Settlement) -> Update:
     return (
         update(Attempt)
-        .where(attempts.id == settlement.attempt_id, attempts.state != AttemptState.SETTLED)
+        .where(
+            attempts.id == settlement.attempt_id,
+            attempts.state != AttemptState.SETTLED,
+            attempts.prediction_id.is_not_distinct_from(settlement.prediction_id),
+        )
         .values(
             state=AttemptState.SETTLED,
             outcome=settlement.outcome,

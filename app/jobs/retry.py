@@ -16,6 +16,7 @@ class RetryPolicy:
     max_retries: int
     backoff_factor: float
     backoff_max_seconds: float
+    grace_seconds: float  # until the provider's list must show a create
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ def decide(
     """Decide what follows from a failure.
 
     `retry_count` and `throttle_count` are the job's counts so far, `jitter` is a random number
-    in [0, 1). AMBIGUOUS waits like a retry but does not count as one: it becomes one only when
-    the prediction turns out not to exist.
+    in [0, 1). AMBIGUOUS waits like a retry, and long enough for the provider's list to show what
+    was created, but does not count as one: only when the prediction turns out not to exist.
     """
     match error.failure_class:
         case FailureClass.PERMANENT:
@@ -59,8 +60,11 @@ def decide(
         case FailureClass.THROTTLED:
             asked = error.retry_after_seconds or backoff_seconds(throttle_count + 1, policy, 0)
             return Retry(_jittered(asked, jitter), throttles=1)
+        case FailureClass.UNAVAILABLE:
+            return Retry(backoff_seconds(throttle_count + 1, policy, jitter), throttles=1)
         case FailureClass.AMBIGUOUS:
-            return Retry(backoff_seconds(retry_count + 1, policy, jitter))
+            backoff = backoff_seconds(retry_count + 1, policy, jitter)
+            return Retry(max(backoff, policy.grace_seconds))
         case FailureClass.INTERNAL:
             return Retry(_jittered(INTERNAL_DELAY_SECONDS, jitter))
 

@@ -11,7 +11,7 @@ from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers.base import Prediction, Provider
 
 LONGEST_PAUSE_SECONDS = 30.0
-# From our cancel of an overdue prediction to giving it up, whatever the provider says.
+# From the deadline of a prediction to giving it up, whatever the provider says.
 CANCEL_GRACE_SECONDS = 30.0
 
 log = structlog.get_logger(__name__)
@@ -19,12 +19,17 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class _Watch:
-    """One waited-for prediction; times on the process's monotonic clock."""
+    """One waited-for prediction; times on the process's monotonic clock.
 
-    future: asyncio.Future[Prediction]
+    More than one run may wait for it: a job that was freed and claimed again in this process has
+    a second one before the first is stopped.
+    """
+
+    futures: set[asyncio.Future[Prediction]] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
     running_since: float | None = None
-    cancelled_at: float | None = None
+    overdue_since: float | None = None
+    is_cancelled: bool = False
 
 
 class PredictionWatcher:
@@ -56,12 +61,15 @@ class PredictionWatcher:
         Raises: PredictionNotFound when the provider no longer knows it;
         ProviderError(PERMANENT) when it is overdue and cannot be ended.
         """
-        watch = _Watch(asyncio.get_running_loop().create_future())
-        self._watches[prediction_id] = watch
+        watch = self._watches.setdefault(prediction_id, _Watch())
+        future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        watch.futures.add(future)
         try:
-            return await watch.future
+            return await future
         finally:
-            self._watches.pop(prediction_id, None)
+            watch.futures.discard(future)
+            if not watch.futures:
+                self._watches.pop(prediction_id, None)
 
     def nudge(self, prediction_id: str) -> None:
         """Look now rather than at the next interval, if this prediction is waited for."""
@@ -79,6 +87,10 @@ class PredictionWatcher:
             except ProviderError as error:
                 pause = min(max(error.retry_after_seconds or 0, 2 * pause), LONGEST_PAUSE_SECONDS)
                 log.warning("poll_failed", code=error.code, pause_seconds=pause)
+            except Exception:
+                # Without it nobody would hear of any prediction again.
+                pause = LONGEST_PAUSE_SECONDS
+                log.exception("poll_failed", pause_seconds=pause)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -88,21 +100,11 @@ class PredictionWatcher:
     async def _look(self) -> None:
         if not self._watches:
             return
-        try:
-            seen = await self._provider.poll(list(self._watches))
-        except PredictionNotFound:
-            await self._look_one_by_one()
-            return
-        for prediction in seen.values():
-            await self._judge(prediction)
-
-    async def _look_one_by_one(self) -> None:
-        """Find out which prediction the provider does not know."""
-        for prediction_id in list(self._watches):
-            try:
-                await self._judge(await self._provider.get(prediction_id))
-            except PredictionNotFound as error:
-                self._wake(prediction_id, error)
+        for prediction_id, seen in (await self._provider.poll(list(self._watches))).items():
+            if seen is None:
+                self._wake(prediction_id, PredictionNotFound())
+            else:
+                await self._judge(seen)
 
     async def _judge(self, prediction: Prediction) -> None:
         watch = self._watches.get(prediction.id)
@@ -114,12 +116,22 @@ class PredictionWatcher:
         now = time.monotonic()
         if prediction.status == "processing" and watch.running_since is None:
             watch.running_since = now
-        if watch.cancelled_at is not None and now - watch.cancelled_at > CANCEL_GRACE_SECONDS:
-            self._wake(prediction.id, _overdue())
-        elif watch.cancelled_at is None and self._is_overdue(watch, now):
+        if self._is_overdue(watch, now):
+            await self._end(prediction, watch, now)
+
+    async def _end(self, prediction: Prediction, watch: _Watch, now: float) -> None:
+        """Cancel an overdue prediction, again until it was heard; then give it up."""
+        if watch.overdue_since is None:
+            watch.overdue_since = now
             log.warning("prediction_overdue", status=prediction.status)
-            watch.cancelled_at = now
-            await self._provider.cancel(prediction.id)
+        if now - watch.overdue_since > CANCEL_GRACE_SECONDS:
+            self._wake(prediction.id, _overdue())
+        elif not watch.is_cancelled:
+            try:
+                await self._provider.cancel(prediction.id)
+                watch.is_cancelled = True
+            except ProviderError as error:
+                log.warning("prediction_not_cancelled", code=error.code)
 
     def _is_overdue(self, watch: _Watch, now: float) -> bool:
         if watch.running_since is None:
@@ -128,13 +140,13 @@ class PredictionWatcher:
 
     def _wake(self, prediction_id: str, result: Prediction | Exception) -> None:
         watch = self._watches.get(prediction_id)
-        if watch is None:
-            return
-        with suppress(asyncio.InvalidStateError):
+        for future in watch.futures if watch else ():
+            if future.done():
+                continue
             if isinstance(result, Exception):
-                watch.future.set_exception(result)
+                future.set_exception(result)
             else:
-                watch.future.set_result(result)
+                future.set_result(result)
 
 
 def _overdue() -> ProviderError:

@@ -10,6 +10,9 @@ from app.errors import FailureClass, ProviderError
 # The provider's clock may differ from the database's by this much.
 CLOCK_SKEW = timedelta(seconds=60)
 
+# Replicate's ids have 26; the mock's are long, because they carry the prompt.
+LOGGED_ID_CHARS = 32
+
 TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
 
 # Asked at the last moment before a create call is sent.
@@ -81,6 +84,8 @@ class Provider(Protocol):
     """
 
     name: str
+    call_seconds: float
+    """How long one call may be under way at the most, from sending to giving it up."""
 
     async def admit(self) -> None:
         """Return when a create may be made: within the provider's rate, and while it answers.
@@ -95,7 +100,7 @@ class Provider(Protocol):
         """Start one prediction; may return it finished.
 
         Raises: ProviderError - AMBIGUOUS whenever the provider may have accepted the call;
-        TRANSIENT, THROTTLED and PERMANENT only when it certainly has not; INTERNAL when
+        UNAVAILABLE, THROTTLED and PERMANENT only when it certainly has not; INTERNAL when
         `may_send`, asked once all that takes time is done (connecting, say), called it off.
         """
         ...
@@ -107,8 +112,9 @@ class Provider(Protocol):
         """
         ...
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
-        """Read many predictions with few calls; ids that could not be read now are left out.
+    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
+        """Read many predictions with few calls; None stands for one that the provider does not
+        know (any more). Ids that could not be read now are left out.
 
         Raises: ProviderError(TRANSIENT | THROTTLED | PERMANENT).
         """

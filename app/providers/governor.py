@@ -83,7 +83,10 @@ class Call(StrEnum):
 
 
 class Governor(Protocol):
-    """Decides when a call to the provider may be made, and learns how calls went."""
+    """Decides when a call to the provider may be made, and learns how calls went.
+
+    Each kind of call has a breaker of its own: reads that succeed say nothing of creates that fail.
+    """
 
     async def admit(self, call: Call) -> None:
         """Return when the call may be made; first come, first served within this process."""
@@ -93,11 +96,11 @@ class Governor(Protocol):
         """The provider refused a call for its rate: nobody calls for so long."""
         ...
 
-    async def succeeded(self) -> None:
+    async def succeeded(self, call: Call) -> None:
         """The provider answered."""
         ...
 
-    async def failed(self) -> None:
+    async def failed(self, call: Call) -> None:
         """The provider could not be reached, or failed to answer."""
         ...
 
@@ -140,7 +143,7 @@ class RedisGovernor:
         self._turns = {call: asyncio.Lock() for call in Call}
         self._buckets = {call: _Bucket() for call in Call}
         self._redis_rests_until = 0.0
-        self._failures = 0
+        self._failures = dict.fromkeys(Call, 0)
         self._admit = redis.register_script(ADMIT)
         self._pause = redis.register_script(PAUSE)
         self._failed = redis.register_script(FAILED)
@@ -158,24 +161,26 @@ class RedisGovernor:
         self._buckets[call].paused_until = time.monotonic() + seconds
         await self._ask(lambda: self._pause(keys=[_key(call, "paused")], args=[seconds]))
 
-    async def succeeded(self) -> None:
+    async def succeeded(self, call: Call) -> None:
         """See `Governor.succeeded`. Writes only after a failure: most calls follow a good one."""
-        if self._failures:
-            self._failures = 0
-            if await self._ask(lambda: self._redis.delete(_key("failures"), _key("probe"))):
-                log.info("provider_answers")
+        if self._failures[call]:
+            self._failures[call] = 0
+            if await self._ask(
+                lambda: self._redis.delete(_key(call, "failures"), _key(call, "probe"))
+            ):
+                log.info("provider_answers", call=call.value)
 
-    async def failed(self) -> None:
+    async def failed(self, call: Call) -> None:
         """See `Governor.failed`."""
-        self._failures += 1
+        self._failures[call] += 1
         failures = await self._ask(
             lambda: self._failed(
-                keys=[_key("failures"), _key("probe")],
+                keys=[_key(call, "failures"), _key(call, "probe")],
                 args=[FAILURES_TO_OPEN, PROBE_SECONDS, FAILURE_MEMORY_SECONDS],
             )
         )
         if failures == FAILURES_TO_OPEN:
-            log.error("provider_breaker_opened", failures=failures)
+            log.error("provider_breaker_opened", call=call.value, failures=failures)
 
     async def aclose(self) -> None:
         """See `Governor.aclose`."""
@@ -185,15 +190,17 @@ class RedisGovernor:
         interval = self._intervals[call]
         answer = await self._ask(
             lambda: self._admit(
-                keys=[_key(call, "arrival"), _key(call, "paused"), _key("failures"), _key("probe")],
+                keys=[_key(call, word) for word in ("arrival", "paused", "failures", "probe")],
                 args=[interval, _burst(interval), FAILURES_TO_OPEN, PROBE_SECONDS],
             )
         )
         if answer is None:
+            if self._failures[call] >= FAILURES_TO_OPEN:
+                interval = max(interval, PROBE_SECONDS)
             return self._buckets[call].wait_seconds(interval * self._workers(), time.monotonic())
         wait = float(answer)
         if wait < 0:
-            self._failures += 1  # a probe: its success must close the breaker
+            self._failures[call] += 1  # a probe: its success must close the breaker
         return wait
 
     async def _ask(self, command: Callable[[], Awaitable[Any]]) -> Any:
@@ -217,10 +224,10 @@ class Ungoverned:
     async def throttled(self, call: Call, seconds: float) -> None:
         """See `Governor.throttled`."""
 
-    async def succeeded(self) -> None:
+    async def succeeded(self, call: Call) -> None:
         """See `Governor.succeeded`."""
 
-    async def failed(self) -> None:
+    async def failed(self, call: Call) -> None:
         """See `Governor.failed`."""
 
     async def aclose(self) -> None:

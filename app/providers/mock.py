@@ -96,6 +96,7 @@ class MockProvider:
     """
 
     name = "mock"
+    call_seconds = 0.0
 
     def __init__(self, delay_min: float, delay_max: float, failure_rate: float) -> None:
         self._delays = (delay_min, delay_max)
@@ -130,9 +131,13 @@ class MockProvider:
         """See `Provider.get`."""
         return self._prediction(_Run.of(prediction_id))
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
+    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
         """See `Provider.poll`."""
-        return {id_: self._prediction(_Run.of(id_)) for id_ in prediction_ids}
+        found: dict[str, Prediction | None] = dict.fromkeys(prediction_ids)
+        for prediction_id in found:
+            with suppress(PredictionNotFound):
+                found[prediction_id] = await self.get(prediction_id)
+        return found
 
     async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
         """See `Provider.find`: what no id was kept of never existed here, and cost nothing."""

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -50,6 +50,7 @@ PAGES_PER_POLL = 3  # and one more for each hundred that are watched
 GETS_PER_POLL = 20
 # A search reads everything since the lost create: at ten a second, half an hour's predictions.
 PAGES_PER_SEARCH = 200
+TRIES_PER_PAGE = 3
 
 RETRY_AFTER_BOUNDS = (1.0, 300.0)
 
@@ -96,7 +97,7 @@ class ReplicateProvider:
         self._prefer_wait_seconds = prefer_wait_seconds
         self._timeout = httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds))
         self._tls = httpx.create_ssl_context()  # one for all: it takes 30 ms to read the roots
-        self._call_seconds = 2 * timeout_seconds + prefer_wait_seconds
+        self.call_seconds = 2 * timeout_seconds + prefer_wait_seconds
         self._held = 0
         fresh = httpx.Limits(max_connections=CREATE_CONNECTIONS, max_keepalive_connections=0)
         self._creates = self._client(token, base_url, fresh)
@@ -149,18 +150,18 @@ class ReplicateProvider:
         try:
             # The client bounds each read; a server that trickles would never meet that bound.
             with _classified(creating=call is Call.CREATE):
-                async with asyncio.timeout(self._call_seconds):
+                async with asyncio.timeout(self.call_seconds):
                     yield
         except ProviderError as error:
             if error.failure_class is FailureClass.THROTTLED:
                 pause = error.retry_after_seconds or RETRY_AFTER_BOUNDS[0]
                 await self._governor.throttled(call, pause)
             elif error.code in NO_ANSWER:
-                await self._governor.failed()
+                await self._governor.failed(call)
             elif error.failure_class is not FailureClass.INTERNAL:
-                await self._governor.succeeded()
+                await self._governor.succeeded(call)
             raise
-        await self._governor.succeeded()
+        await self._governor.succeeded(call)
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[None]:
@@ -195,20 +196,18 @@ class ReplicateProvider:
                 raise PredictionNotFound from error
             return _prediction(await response.json())
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
+    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
         """See `Provider.poll`: one page of the list watches 100 predictions."""
-        found: dict[str, Prediction] = {}
+        found: dict[str, Prediction | None] = {}
         try:
             await self._poll(set(prediction_ids), found)
-        except PredictionNotFound:
-            raise
         except ProviderError:
             # What was read counts: among many calls one may always fail.
             if not found:
                 raise
         return found
 
-    async def _poll(self, wanted: set[str], found: dict[str, Prediction]) -> None:
+    async def _poll(self, wanted: set[str], found: dict[str, Prediction | None]) -> None:
         if len(wanted) > 1:
             try:
                 await self._poll_list(wanted, found)
@@ -219,9 +218,12 @@ class ReplicateProvider:
         missing = sorted(wanted - found.keys())
         # Others every time: a few that run for long must not hide the rest.
         for prediction_id in random.sample(missing, min(len(missing), GETS_PER_POLL)):
-            found[prediction_id] = await self.get(prediction_id)
+            try:
+                found[prediction_id] = await self.get(prediction_id)
+            except PredictionNotFound:
+                found[prediction_id] = None
 
-    async def _poll_list(self, wanted: set[str], found: dict[str, Prediction]) -> None:
+    async def _poll_list(self, wanted: set[str], found: dict[str, Prediction | None]) -> None:
         pages = PAGES_PER_POLL + len(wanted) // PAGE_PREDICTIONS
         async for page in self._pages({}, at_most=pages):
             found.update({seen.id: seen for seen in page if seen.id in wanted})
@@ -232,36 +234,53 @@ class ReplicateProvider:
         """See `Provider.find`: the list has no filter but time, and echoes the input."""
         return await self._search.find(request, created_after)
 
-    async def _pages_since(self, created_after: datetime) -> AsyncIterator[list[Prediction]]:
-        window = {"created_after": created_after.astimezone(UTC).isoformat()}
-        pages_read = 0
-        async for page in self._pages(window, at_most=PAGES_PER_SEARCH + 1):
-            pages_read += 1
+    async def _pages_since(self, created_after: datetime) -> AsyncGenerator[list[Prediction], None]:
+        query = {"created_after": created_after.astimezone(UTC).isoformat()}
+        for _ in range(PAGES_PER_SEARCH):
+            page, query = await self._page_insistently(query)
             yield page
-        if pages_read > PAGES_PER_SEARCH:
-            raise ProviderError(
-                FailureClass.TRANSIENT, "provider_error", "The provider's list is too long."
-            )
+            if not query:
+                return
+        raise ProviderError(
+            FailureClass.TRANSIENT, "provider_error", "The provider's list is too long."
+        )
+
+    async def _page_insistently(
+        self, query: dict[str, str]
+    ) -> tuple[list[Prediction], dict[str, str]]:
+        """Ask again for a page that failed: of many pages one always may."""
+        for _ in range(TRIES_PER_PAGE - 1):
+            try:
+                return await self._page(query)
+            except ProviderError as error:
+                if error.failure_class is FailureClass.THROTTLED:
+                    raise
+        return await self._page(query)
 
     async def _pages(
         self, query: dict[str, str], *, at_most: int
-    ) -> AsyncIterator[list[Prediction]]:
+    ) -> AsyncGenerator[list[Prediction], None]:
         """Yield pages of the list of predictions, newest first."""
         for _ in range(at_most):
-            async with self._reading():
-                page = (
-                    await self._reads.get(
-                        "/predictions", cast_to=httpx.Response, options={"params": query}
-                    )
-                ).json()
-                predictions = [_prediction(entry) for entry in page["results"]]
-                # Only the cursor is taken from `next`: the token follows no URL out of a body.
-                query = dict(httpx.URL(page["next"]).params) if page.get("next") else {}
-                if page.get("next") and not query:
-                    raise ValueError("a next page without a cursor")
+            predictions, query = await self._page(query)
             yield predictions
             if not query:
                 return
+
+    async def _page(self, query: dict[str, str]) -> tuple[list[Prediction], dict[str, str]]:
+        """Return one page, and the query of the next one (empty: it was the last)."""
+        async with self._reading():
+            page = (
+                await self._reads.get(
+                    "/predictions", cast_to=httpx.Response, options={"params": query}
+                )
+            ).json()
+            predictions = [_prediction(entry) for entry in page["results"]]
+            # Only the cursor is taken from `next`: the token follows no URL out of a body.
+            following = dict(httpx.URL(page["next"]).params) if page.get("next") else {}
+            if page.get("next") and not following:
+                raise ValueError("a next page without a cursor")
+        return predictions, following
 
     async def cancel(self, prediction_id: str) -> None:
         """See `Provider.cancel`."""
@@ -330,12 +349,13 @@ class ReplicateProvider:
 
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
-        closing: Iterable[Awaitable[None]] = (
+        await self._search.aclose()
+        closing: list[Awaitable[None]] = [
             self._creates.close(),
             self._reads.close(),
             self._files.aclose(),
             self._governor.aclose(),
-        )
+        ]
         await asyncio.gather(*closing)
 
 
@@ -382,7 +402,10 @@ def _classified(*, creating: bool) -> Iterator[None]:
         raise ProviderError(
             unsure, "provider_no_answer", "The provider did not answer in time."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, httpx.InvalidURL) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, httpx.InvalidURL),
+        RecursionError,  # JSON nested a thousand levels deep
+    ) as error:
         raise ProviderError(
             unsure, "provider_error", "The provider's answer made no sense."
         ) from error
@@ -399,7 +422,9 @@ def _classify(error: APIError, *, creating: bool) -> ProviderError:
         return called_off()
     if isinstance(error, APIConnectionError) and isinstance(error.__cause__, NOT_SENT):
         return ProviderError(
-            FailureClass.TRANSIENT, "provider_unreachable", "The provider could not be reached."
+            FailureClass.UNAVAILABLE if creating else FailureClass.TRANSIENT,
+            "provider_unreachable",
+            "The provider could not be reached.",
         )
     return ProviderError(unsure, "provider_no_answer", "The provider did not answer.")
 

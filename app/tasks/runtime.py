@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import signal
 import socket
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
@@ -16,6 +18,7 @@ from app.db import create_engine, create_sessions
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
+from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository, Lease
 from app.jobs.retry import RetryPolicy
@@ -30,8 +33,9 @@ STOP_SECONDS = 3.0
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 POOL_TIMEOUT_SECONDS = 60.0
-# Heartbeat and sweep have connections of their own: behind that queue they would look dead.
+# Sweep and heartbeat have connections of their own: behind that queue they would look dead.
 DUTY_CONNECTIONS = 3
+HEARTBEAT_CONNECTIONS = 1
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +50,11 @@ class _Run:
 class RunRegistry:
     """The runs of this process; touched on the event loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[[UUID], Coroutine[Any, Any, RunResult]]) -> None:
+        """`run` runs a job from its claim on."""
+        self._run = run
         self._runs: set[_Run] = set()
+        self._started: set[asyncio.Task[RunResult]] = set()
 
     def add(self, run: _Run) -> None:
         """Note a run before it claims, so that its job never looks abandoned."""
@@ -64,6 +71,12 @@ class RunRegistry:
     def job_ids(self) -> Collection[UUID]:
         """See `recovery.Runs`."""
         return [run.job_id for run in self._runs]
+
+    def start(self, job_id: UUID) -> None:
+        """See `recovery.Runs`."""
+        task = asyncio.create_task(self._run(job_id))
+        self._started.add(task)
+        task.add_done_callback(self._started.discard)
 
     def stop(self, lease: Lease) -> None:
         """See `recovery.Runs`."""
@@ -86,7 +99,7 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_id = uuid4()
-        self._runs = RunRegistry()
+        self._runs = RunRegistry(self._run)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
@@ -124,7 +137,8 @@ class Runtime:
         settings = self._settings
         jobs = create_engine(settings, pool_timeout_seconds=POOL_TIMEOUT_SECONDS)
         duties = create_engine(settings, pool_size=DUTY_CONNECTIONS)
-        self._engines = (jobs, duties)
+        heartbeats = create_engine(settings, pool_size=HEARTBEAT_CONNECTIONS)
+        self._engines = (jobs, duties, heartbeats)
         self._repository = JobRepository(create_sessions(duties))
         self._provider = create_provider(settings, lambda: self._recovery.living_workers)
         self._watcher = PredictionWatcher(
@@ -148,10 +162,11 @@ class Runtime:
                 concurrency=settings.download_concurrency,
             ),
             self._checker.knows,
-            _policy(settings),
+            _policy(settings, self._provider.call_seconds),
         )
         self._recovery = Recovery(
             self._repository,
+            JobRepository(create_sessions(heartbeats)),
             self._provider,
             doorbell,
             self._runs,
@@ -167,7 +182,9 @@ class Runtime:
     def _start_background(self) -> None:
         wakeups = listen(self._settings.redis_url, self._watcher.nudge)
         for duty in (self._recovery.run(), self._watcher.run(), wakeups):
-            self._background.add(asyncio.create_task(duty))
+            task = asyncio.create_task(duty)
+            task.add_done_callback(_end_with)
+            self._background.add(task)
 
     async def _run(self, job_id: UUID) -> RunResult:
         if self._stopping is not None:
@@ -211,19 +228,30 @@ class Runtime:
             await engine.dispose()
 
 
-def _policy(settings: Settings) -> LifecyclePolicy:
+def _end_with(duty: asyncio.Task[None]) -> None:
+    """A worker that has lost one of its duties must not go on looking alive."""
+    if not duty.cancelled():
+        log.critical("duty_ended", exc_info=duty.exception())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
     return LifecyclePolicy(
         retry=RetryPolicy(
             settings.max_retry_attempts,
             settings.retry_backoff_factor,
             settings.retry_backoff_max_seconds,
+            settings.reconcile_grace_seconds,
         ),
         job_deadline_seconds=settings.job_deadline_seconds,
         cancel_after_seconds=(
             settings.starting_deadline_seconds + settings.running_deadline_seconds
         ),
         webhook_base_url=settings.webhook_base_url,
-        reconcile_grace_seconds=settings.reconcile_grace_seconds,
-        reconcile_deadline_seconds=settings.reconcile_deadline_seconds,
-        on_unknown_outcome=settings.on_unknown_outcome,
+        reconcile=ReconcilePolicy(
+            call_seconds,
+            settings.reconcile_grace_seconds,
+            settings.reconcile_deadline_seconds,
+            settings.on_unknown_outcome,
+        ),
     )

@@ -135,9 +135,18 @@ class ProviderContract:
         seen = await provider.poll([prediction.id for prediction in created])
         assert seen.keys() == {prediction.id for prediction in created}
         for prediction_id, prediction in seen.items():
+            assert prediction is not None
             assert prediction.id == prediction_id
             assert prediction.status == "succeeded"
             assert prediction.output
+
+    async def test_poll_tells_an_unknown_prediction_from_the_others(self, provide: Provide) -> None:
+        provider = provide()
+        created = [await provider.create(REQUEST) for _ in range(3)]
+        ids = [prediction.id for prediction in created]
+        seen = await provider.poll([*ids, "x" * 26])
+        assert seen.pop("x" * 26) is None
+        assert {prediction.id for prediction in seen.values() if prediction} == set(ids)
 
     async def test_find_returns_nothing_else_than_what_was_made(self, provide: Provide) -> None:
         provider, before = provide(), datetime.now(UTC) - timedelta(seconds=1)

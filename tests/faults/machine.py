@@ -35,7 +35,7 @@ LEASE = 1000
 INTERNAL_DELAY = 500
 QUEUE_DEADLINES = (1500, 100_000)
 JOB_DEADLINES = (4000, 100_000)
-POLICY = RetryPolicy(max_retries=2, backoff_factor=300, backoff_max_seconds=500)
+POLICY = RetryPolicy(max_retries=2, backoff_factor=300, backoff_max_seconds=500, grace_seconds=0)
 
 WORKERS = 3
 MOST_JOBS = 4
@@ -273,12 +273,12 @@ class JobsMachine(RuleBasedStateMachine):
     def _when_intent(self, run: Run, *, smooth: bool) -> None:
         """Send the create in the window that the intent opens; after it, ask first."""
         if not smooth:
-            settlement = Settlement(run.open_attempt.id, "provider_unreachable", Charged.NO)
+            settlement = Settlement(run.open_attempt.id, None, "provider_unreachable", Charged.NO)
             self.conclude(run, FailureClass.TRANSIENT, settlement)
         elif self.may_send(run):
             self.send(run)
         else:
-            settlement = Settlement(run.open_attempt.id, "create_called_off", Charged.NO)
+            settlement = Settlement(run.open_attempt.id, None, "create_called_off", Charged.NO)
             self.conclude(run, FailureClass.INTERNAL, settlement)
 
     def may_send(self, run: Run) -> bool:
@@ -315,7 +315,7 @@ class JobsMachine(RuleBasedStateMachine):
         """The worker hears of its create, or only that the connection broke."""
         assert run.call is not None
         answer = run.call.answer if smooth else None
-        charged_nothing = Settlement(run.open_attempt.id, str(answer), Charged.NO)
+        charged_nothing = Settlement(run.open_attempt.id, None, str(answer), Charged.NO)
         if isinstance(answer, Created):
             run.created, run.stage = answer, "answered"
         elif answer == "refused":
@@ -328,7 +328,16 @@ class JobsMachine(RuleBasedStateMachine):
 
     def _when_answered(self, run: Run, *, smooth: bool) -> None:
         """Commit the id that the create gave."""
-        if self._record(run, run.prediction) is False:
+        created, attempt = run.prediction, run.open_attempt
+        recorded = self._record(run, created)
+        if recorded:
+            return
+        # Whoever has the job now must know of it; what belongs to nobody is stopped.
+        self.do(self.repository.adopt(attempt.id, created.seen()))
+        if not self.do(self.repository.is_known("x", created.id)):
+            self.count("nobody's")
+            created.end("canceled")
+        if recorded is False:
             self.count("id is another's")
             self.conclude(run, FailureClass.AMBIGUOUS)
 
@@ -352,7 +361,7 @@ class JobsMachine(RuleBasedStateMachine):
             self.conclude(run, FailureClass.INTERNAL)
         else:
             self.count("outcome unknown")
-            settlement = Settlement(run.open_attempt.id, "unknown", Charged.UNKNOWN)
+            settlement = Settlement(run.open_attempt.id, None, "unknown", Charged.UNKNOWN)
             self.conclude(run, FailureClass.PERMANENT, settlement)
 
     def _when_reconciled(self, run: Run, *, smooth: bool) -> None:
@@ -366,7 +375,7 @@ class JobsMachine(RuleBasedStateMachine):
             self.conclude(run, FailureClass.AMBIGUOUS)
             return
         self.count("proven absent")
-        settlement = Settlement(run.open_attempt.id, "absent", Charged.NO)
+        settlement = Settlement(run.open_attempt.id, None, "absent", Charged.NO)
         self.conclude(run, FailureClass.TRANSIENT, settlement)
 
     def _when_waiting(self, run: Run, *, smooth: bool) -> None:
@@ -377,7 +386,9 @@ class JobsMachine(RuleBasedStateMachine):
             return
         platform = created.status == "failed"
         failure = FailureClass.TRANSIENT if platform else FailureClass.PERMANENT
-        self.conclude(run, failure, Settlement(attempt.id, created.status, Charged.UNKNOWN))
+        self.conclude(
+            run, failure, Settlement(attempt.id, created.id, created.status, Charged.UNKNOWN)
+        )
 
     def _when_succeeded(self, run: Run, *, smooth: bool) -> None:
         """The checkpoint before each file."""
@@ -397,9 +408,10 @@ class JobsMachine(RuleBasedStateMachine):
             size_bytes=1,
             sha256="0" * 64,
         )
-        settlement = Settlement(run.open_attempt.id, "succeeded", Charged.YES)
+        settlement = Settlement(run.open_attempt.id, run.prediction.id, "succeeded", Charged.YES)
         lease = run.claim.lease
-        if self.write(run, self.repository.complete(lease, [output], settlement), done=True):
+        completing = self.repository.complete(lease, [output], settlement)
+        if self.write(run, completing, settlement=settlement, done=True):
             self.count("completed")
         run.stage = "over"
 
@@ -416,7 +428,7 @@ class JobsMachine(RuleBasedStateMachine):
             policy=POLICY,
             jitter=0,
         )
-        words = {"error_code": "code", "error_message": "message"}
+        words: dict[str, Any] = {"error_code": "code", "error_message": "message"}
         if isinstance(decision, Fail):
             writing = self.repository.fail(lease, **words, settlement=settlement)
         else:
@@ -428,7 +440,7 @@ class JobsMachine(RuleBasedStateMachine):
                 throttles=decision.throttles,
                 settlement=settlement,
             )
-        self.write(run, writing, done=True)
+        self.write(run, writing, settlement=settlement, done=True)
         run.stage = "over"
 
     # --- workers, sweeps and reports ---------------------------------------------------------
@@ -512,8 +524,9 @@ class JobsMachine(RuleBasedStateMachine):
 
     def stop_orphans(self, *, patient: bool = True) -> None:
         """Predictions of jobs that have ended are stopped."""
-        for orphan in self.do(self.repository.take_orphans(100)):
-            self._stop_orphan(orphan.attempt, patient)
+        for known in (True, False):
+            for orphan in self.do(self.repository.take_orphans(100, known=known)):
+                self._stop_orphan(orphan.attempt, patient)
 
     def give_orphans_up(self) -> None:
         """Nor is one waited for that has never shown."""
@@ -521,7 +534,10 @@ class JobsMachine(RuleBasedStateMachine):
 
     def _stop_orphan(self, attempt: Attempt, patient: bool) -> None:
         ids = [attempt.prediction_id] if attempt.prediction_id else []
-        for created in [] if ids else self.ledger.find(attempt.input):
+        found = [] if ids else self.ledger.find(attempt.input)
+        if found and self.groups[attempt.job_id] in self.shared:
+            found = [] if self.do(self.repository.has_twin(attempt)) else found
+        for created in found:
             if self.do(self.repository.adopt(attempt.id, created.seen())):
                 ids = [created.id]
                 break
@@ -529,7 +545,7 @@ class JobsMachine(RuleBasedStateMachine):
             self.ledger.by_id(prediction_id).end("canceled")
         if ids or not patient:
             outcome = "canceled" if ids else "absent"
-            settlement = Settlement(attempt.id, outcome, Charged.UNKNOWN)
+            settlement = Settlement(attempt.id, ids[0] if ids else None, outcome, Charged.UNKNOWN)
             self.do(self.repository.settle_orphan(settlement))
             self.count(f"orphan {outcome}")
 
@@ -613,9 +629,11 @@ class JobsMachine(RuleBasedStateMachine):
         writing: Coroutine[Any, Any, T],
         *,
         cancelling: bool = False,
+        settlement: Settlement | None = None,
         done: bool | None = None,
     ) -> Any:
-        """Write in a run's name: it succeeds if and only if the job is still the run's.
+        """Write in a run's name: it succeeds if and only if the job is still the run's, and the
+        attempt that it settles as the run knows it.
 
         Returns what `writing` does (or `done`), None when the lease is lost.
         """
@@ -623,6 +641,7 @@ class JobsMachine(RuleBasedStateMachine):
         is_last_claim = job["lease_token"] == str(run.claim.lease.token)
         allowed = is_last_claim and job["status"] == "processing"
         allowed = allowed and (cancelling or job["cancel_requested_at"] is None)
+        allowed = allowed and self._is_as_known(run, settlement)
         before = self.seen.of(run.job_id)
         result = None
         try:
@@ -635,6 +654,16 @@ class JobsMachine(RuleBasedStateMachine):
             run.stage = "over"
             return None
         return result if done is None else done
+
+    def _is_as_known(self, run: Run, settlement: Settlement | None) -> bool:
+        """False when the provider's report has given the attempt a prediction meanwhile."""
+        if settlement is None:
+            return True
+        [row] = [a for a in self.seen.attempts[run.job_id] if a["id"] == str(settlement.attempt_id)]
+        as_known: bool = row["prediction_id"] == settlement.prediction_id
+        if not as_known:
+            self.count("reported meanwhile")
+        return as_known
 
     def note_cancels(self) -> None:
         """Remember whose cancel is confirmed: from now on nothing may be created for it."""

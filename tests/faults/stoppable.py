@@ -21,6 +21,7 @@ from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome
 from app.jobs.models import Job
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
+from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository, Lease
 from app.jobs.retry import RetryPolicy
@@ -119,6 +120,9 @@ class _NoRuns:
     def job_ids(self) -> list[UUID]:
         return []
 
+    def start(self, job_id: UUID) -> None:
+        """Nobody starts any."""
+
     def stop(self, lease: Lease) -> None:
         """There is none."""
 
@@ -155,6 +159,7 @@ async def stoppable_worker(
     lifecycle = Lifecycle(repository, provider, watcher, keeper, checker.knows, POLICY)
     recovery = Recovery(
         repository,
+        repository,
         provider,
         _NoDoorbell(),
         _NoRuns(),
@@ -180,13 +185,15 @@ async def stoppable_worker(
 
 
 POLICY = LifecyclePolicy(
-    retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0),
+    retry=RetryPolicy(
+        max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=GRACE_SECONDS
+    ),
     job_deadline_seconds=60,
     cancel_after_seconds=60,
     webhook_base_url=None,
-    reconcile_grace_seconds=GRACE_SECONDS,
-    reconcile_deadline_seconds=30,
-    on_unknown_outcome="fail",
+    reconcile=ReconcilePolicy(
+        call_seconds=0, grace_seconds=GRACE_SECONDS, deadline_seconds=30, on_unknown_outcome="fail"
+    ),
 )
 
 

@@ -122,7 +122,7 @@ def _at_their_moment(stack: Stack, words: str) -> int:
 def _close_the_breaker(stack: Stack) -> None:
     """Forget failures: after ten lost answers the other creates would be held back."""
     with stack.redis() as broker:
-        broker.delete("media:{governor}:failures")
+        broker.delete("media:{governor}:create:failures")
 
 
 def _cancel(

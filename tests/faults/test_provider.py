@@ -243,7 +243,9 @@ def test_f17_a_dead_provider_opens_the_breaker(
     died = time.monotonic()
     stack.post(200)
     with stack.redis() as broker:
-        wait_for(lambda: int(broker.get("media:{governor}:failures") or 0) >= 10, "the breaker")
+        wait_for(
+            lambda: int(broker.get("media:{governor}:create:failures") or 0) >= 10, "the breaker"
+        )
         opened_after = time.monotonic() - died
         time.sleep(5)  # what was under way is over
         calls, counted_from = _calls(stack), time.monotonic()

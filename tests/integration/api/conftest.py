@@ -193,7 +193,7 @@ class Jobs:
             await self._store(claim.job.id, index, data)
             for index, data in enumerate(files or (b"a picture",))
         ]
-        settlement = Settlement(attempt.id, "succeeded", Charged.YES)
+        settlement = Settlement(attempt.id, None, "succeeded", Charged.YES)
         await repository.complete(claim.lease, outputs, settlement)
         return await self.read(claim.job.id)
 

@@ -17,6 +17,7 @@ from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import Job, JobStatus
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
+from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import JobRepository, NewJob
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
@@ -46,8 +47,9 @@ class Parts:
         new = NewJob("a lighthouse", "acme/painter", parameters)
         return (await self.repository.add(new, 60)).id
 
-    def change_policy(self, **changes: Any) -> None:
-        self.lifecycle._policy = replace(self.lifecycle._policy, **changes)
+    def change_reconcile_policy(self, **changes: Any) -> None:
+        reconciler = self.lifecycle._reconciler
+        reconciler._policy = replace(reconciler._policy, **changes)
 
     async def run(self, job_id: UUID) -> RunResult:
         return await self.lifecycle.run(job_id, uuid4(), lambda _: None)
@@ -96,13 +98,13 @@ async def parts(
     )
     checker = ParameterChecker(provider.input_schema)
     policy = LifecyclePolicy(
-        retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0),
+        retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=0),
         job_deadline_seconds=60,
         cancel_after_seconds=60,
         webhook_base_url=None,
-        reconcile_grace_seconds=0,
-        reconcile_deadline_seconds=30,
-        on_unknown_outcome="fail",
+        reconcile=ReconcilePolicy(
+            call_seconds=0, grace_seconds=0, deadline_seconds=30, on_unknown_outcome="fail"
+        ),
     )
     lifecycle = Lifecycle(repository, provider, watcher, keeper, checker.knows, policy)
     yield Parts(repository, provider, keeper, watcher, lifecycle, settings.storage_path)
@@ -293,7 +295,7 @@ class TestLostCreates:
     async def test_what_nobody_can_prove_is_not_paid_again(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
-        parts.change_policy(reconcile_deadline_seconds=0.2)
+        parts.change_reconcile_policy(deadline_seconds=0.2)
         replicate.push_fault("create", "accept_then_drop")
         replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()
@@ -302,11 +304,15 @@ class TestLostCreates:
         assert (await parts.run_to_the_end(job_id))[-1] == "failed"
         assert (await parts.job(job_id)).error_code == "provider_outcome_unknown"
         assert len(replicate.creates()) == 1
+        # The sweep goes on looking for it, to stop it if it runs.
+        assert [
+            orphan.attempt.job_id for orphan in await parts.repository.take_orphans(10, known=False)
+        ] == [job_id]
 
     async def test_unless_the_operator_wants_it(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
-        parts.change_policy(reconcile_deadline_seconds=0.1, on_unknown_outcome="resubmit")
+        parts.change_reconcile_policy(deadline_seconds=0.1, on_unknown_outcome="resubmit")
         replicate.push_fault("create", "accept_then_drop")
         replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()

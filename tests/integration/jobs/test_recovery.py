@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -45,12 +46,16 @@ class FixedRuns:
 
     leases: list[Lease] = field(default_factory=list)
     stopped: list[Lease] = field(default_factory=list)
+    started: list[UUID] = field(default_factory=list)
 
     def claimed(self) -> Collection[Lease]:
         return self.leases
 
     def job_ids(self) -> Collection[UUID]:
         return [lease.job_id for lease in self.leases]
+
+    def start(self, job_id: UUID) -> None:
+        self.started.append(job_id)
 
     def stop(self, lease: Lease) -> None:
         self.stopped.append(lease)
@@ -67,8 +72,8 @@ class Worker:
     doorbell: RecordingDoorbell
     runs: FixedRuns
 
-    async def claim(self) -> Claim:
-        job = await self.repository.add(NewJob("p", "acme/painter", {}), 60)
+    async def claim(self, **parameters: Any) -> Claim:
+        job = await self.repository.add(NewJob("p", "acme/painter", parameters), 60)
         claim = await self.repository.claim(job.id, self.id, 60)
         assert claim is not None
         return claim
@@ -88,6 +93,7 @@ async def worker(
     )
     worker_id, doorbell, runs = uuid4(), RecordingDoorbell(), FixedRuns()
     recovery = Recovery(
+        repository,
         repository,
         provider,
         doorbell,
@@ -152,6 +158,77 @@ class TestRinging:
         assert worker.doorbell.rung == [claim.job.id]
 
 
+class TestUnheard:
+    """Jobs that have begun do not wait for their message behind a queue of new ones."""
+
+    async def _freed(self, worker: Worker) -> UUID:
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        await worker.recovery.sweep()  # by a worker that has never said that it lives
+        return claim.job.id
+
+    async def test_one_that_was_rung_for_is_run_soon_without(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = await self._freed(worker)
+        await worker.recovery.ring_due()
+        await worker.recovery.resume_unheard()
+        assert (worker.doorbell.rung, worker.runs.started) == ([job_id], [])
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        for _ in range(2):
+            await worker.recovery.resume_unheard()
+        assert worker.runs.started[0] == job_id
+
+    async def test_one_that_nobody_can_ring_for_is_run_as_well(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = await self._freed(worker)
+        await worker.recovery.resume_unheard()
+        assert worker.runs.started == []
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        await worker.recovery.resume_unheard()
+        assert worker.runs.started == [job_id]
+
+    async def test_new_jobs_and_retries_that_are_not_due_are_not(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", -60)
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        await worker.repository.retry_later(
+            claim.lease, delay_seconds=9, error_code="x", error_message="y"
+        )
+        await worker.recovery.resume_unheard()
+        assert worker.runs.started == []
+
+
+class TestOutage:
+    """While the database is away nobody is heard, and nobody is dead for that."""
+
+    async def test_nobody_is_robbed_until_a_lease_after_it(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim = await worker.claim()
+        heartbeat = worker.repository.heartbeat
+
+        async def away(*_: object) -> int:
+            raise ConnectionRefusedError
+
+        monkeypatch.setattr(worker.repository, "heartbeat", away)
+        with pytest.raises(ConnectionRefusedError):
+            await worker.recovery.heartbeat()
+        monkeypatch.setattr(worker.repository, "heartbeat", heartbeat)
+        await worker.recovery.heartbeat()
+        await worker.recovery.sweep()
+        assert await worker.repository.leases_of(worker.id)
+        worker.recovery._unheard_until = time.monotonic()  # a lease later
+        await worker.repository.hand_back(uuid4())
+        monkeypatch.setattr(worker.recovery, "_lease_seconds", 0)
+        await worker.recovery.sweep()
+        assert claim.lease.job_id not in await worker.repository.leases_of(worker.id)
+
+
 class TestOrphans:
     @pytest.fixture(autouse=True)
     def _left_to_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +257,9 @@ class TestOrphans:
         monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_orphans()
+        await worker.recovery.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
-        assert await worker.repository.take_orphans(10) == []
+        assert await worker.repository.take_orphans(10, known=False) == []
 
     async def test_one_that_never_was_is_given_up_in_time(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -192,11 +269,11 @@ class TestOrphans:
         monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_orphans()
-        assert len(await worker.repository.take_orphans(10)) == 1
+        await worker.recovery.stop_lost_orphans()
+        assert len(await worker.repository.take_orphans(10, known=False)) == 1
         monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
-        await worker.recovery.stop_orphans()
-        assert await worker.repository.take_orphans(10) == []
+        await worker.recovery.stop_lost_orphans()
+        assert await worker.repository.take_orphans(10, known=False) == []
         assert replicate.creates() == []
 
     async def test_one_that_nobody_can_tell_of_does_not_stop_the_others(
@@ -217,9 +294,40 @@ class TestOrphans:
             raise ProviderError(FailureClass.PERMANENT, "input_deleted", "")
 
         monkeypatch.setattr(worker.provider, "find", find)
+        await worker.recovery.stop_lost_orphans()
         await worker.recovery.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
-        assert await worker.repository.take_orphans(10) == []
+        for is_known in (True, False):
+            assert await worker.repository.take_orphans(10, known=is_known) == []
+
+    async def test_the_prediction_of_an_equal_create_is_left_alone(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A client cancels a job whose create was lost, and asks for the same again."""
+        replicate.configure(latency_seconds=30)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        cancelled, again = await worker.claim(seed=1), await worker.claim(seed=1)
+        for claim in (cancelled, again):
+            await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)  # and its answer is still on its way
+        for _ in range(2):
+            await worker.repository.cancel(cancelled.job.id)
+        await worker.recovery.stop_lost_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "processing"
+
+    async def test_one_of_our_own_seed_is_found_under_any_model_name(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        elsewhere = PredictionRequest("acme/sculptor", REQUEST.input, 60)
+        prediction = await worker.provider.create(elsewhere)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_lost_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
 
 
 class TestHousekeeping:

@@ -50,8 +50,9 @@ def output(job_id: UUID) -> Output:
 
 async def complete(repository: JobRepository, claim: Claim) -> None:
     attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
-    await repository.record_prediction(claim.lease, attempt.id, prediction(str(uuid4())))
-    settlement = Settlement(attempt.id, "succeeded", Charged.YES, predict_time_seconds=1.5)
+    made = prediction(str(uuid4()))
+    await repository.record_prediction(claim.lease, attempt.id, made)
+    settlement = Settlement(attempt.id, made.id, "succeeded", Charged.YES, predict_time_seconds=1.5)
     await repository.complete(claim.lease, [output(claim.job.id)], settlement)
 
 
@@ -104,7 +105,7 @@ class TestLease:
         new = await repository.claim(old.job.id, uuid4(), 60)
         assert new is not None
         before = (await reload(repository, old.job.id)).model_dump()
-        settlement = Settlement(attempt.id, "succeeded", Charged.YES)
+        settlement = Settlement(attempt.id, "p1", "succeeded", Charged.YES)
         for late_write in (
             repository.begin_attempt(old.lease, "mock", REQUEST),
             repository.record_prediction(old.lease, attempt.id, prediction()),
@@ -177,6 +178,39 @@ class TestPredictionIds:
             assert orphan.attempt.id == attempt.id
             assert 0 <= orphan.age_seconds < 60
 
+    async def test_an_attempt_that_got_a_prediction_meanwhile_is_not_settled_as_absent(
+        self, repository: JobRepository
+    ) -> None:
+        """The provider's report comes while a worker concludes that there is no prediction."""
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        assert await repository.adopt(attempt.id, prediction("paid"))
+        absent = Settlement(attempt.id, None, "absent", Charged.NO)
+        with pytest.raises(LeaseLost):
+            await repository.retry_later(
+                claim.lease, delay_seconds=0, error_code="x", error_message="y", settlement=absent
+            )
+        with pytest.raises(LeaseLost):
+            await repository.fail(claim.lease, error_code="x", error_message="y", settlement=absent)
+        job = await reload(repository, claim.job.id)
+        assert (job.status, job.external_job_id) == (JobStatus.PROCESSING, "paid")
+        [kept] = await repository.attempts(job.id)
+        assert (kept.state, kept.prediction_id) == ("submitted", "paid")
+
+    async def test_an_attempt_never_gets_a_second_prediction(
+        self, repository: JobRepository
+    ) -> None:
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
+        assert await repository.adopt(attempt.id, prediction("reported"))
+        lease = claim.lease
+        assert not await repository.record_prediction(lease, attempt.id, prediction("found"))
+        assert await repository.record_prediction(lease, attempt.id, prediction("reported"))
+        assert not await repository.adopt(attempt.id, prediction("found"))
+        assert (await reload(repository, claim.job.id)).external_job_id == "reported"
+        known = [await repository.is_known("mock", name) for name in ("reported", "found")]
+        assert known == [True, False]
+
 
 class TestCancel:
     async def test_a_pending_job_is_cancelled_at_once(self, repository: JobRepository) -> None:
@@ -206,7 +240,9 @@ class TestCancel:
         assert job.status is JobStatus.CANCELLED
         with pytest.raises(LeaseLost):
             await repository.complete(
-                claim.lease, [output(job.id)], Settlement(attempt.id, "succeeded", Charged.YES)
+                claim.lease,
+                [output(job.id)],
+                Settlement(attempt.id, "p1", "succeeded", Charged.YES),
             )
         assert (await reload(repository, job.id)).status is JobStatus.CANCELLED
 

@@ -118,13 +118,22 @@ class TestBreaker:
 
     async def _open(self, governor: RedisGovernor) -> None:
         for _ in range(module.FAILURES_TO_OPEN):
-            await governor.failed()
+            await governor.failed(Call.CREATE)
 
     async def test_a_run_of_failures_stops_everybody(self, start: StartGovernor) -> None:
         first, second = start(60_000), start(60_000)
         await self._open(first)
         assert not await admits_at_once(second)
-        assert not await admits_at_once(second, Call.OTHER)
+
+    async def test_reads_that_succeed_say_nothing_of_creates_that_fail(
+        self, start: StartGovernor
+    ) -> None:
+        governor = start(60_000)
+        await governor.failed(Call.OTHER)
+        await self._open(governor)
+        await governor.succeeded(Call.OTHER)
+        assert await admits_at_once(governor, Call.OTHER)
+        assert not await admits_at_once(governor)
 
     async def test_a_good_answer_in_between_starts_the_count_again(
         self, start: StartGovernor
@@ -132,8 +141,8 @@ class TestBreaker:
         governor = start(60_000)
         for _ in range(5):
             for _ in range(module.FAILURES_TO_OPEN - 1):
-                await governor.failed()
-            await governor.succeeded()
+                await governor.failed(Call.CREATE)
+            await governor.succeeded(Call.CREATE)
         assert await admits_at_once(governor)
 
     async def test_one_probe_per_interval_finds_out(self, start: StartGovernor) -> None:
@@ -145,7 +154,7 @@ class TestBreaker:
         first, second = start(60_000), start(60_000)
         await self._open(first)
         await second.admit(Call.CREATE)  # the probe, by one that has seen no failure itself
-        await second.succeeded()
+        await second.succeeded(Call.CREATE)
         assert await admits_at_once(first)
         assert await admits_at_once(first)
 
@@ -155,6 +164,17 @@ class TestWithoutRedis:
         away = "redis://127.0.0.1:1"
         workers = [start(2400, workers=2, url=away) for _ in range(2)]
         assert 20 <= await admitted_within(workers, 1) <= 44
+
+    async def test_the_breaker_holds_in_this_process(
+        self, start: StartGovernor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "PROBE_SECONDS", 0.5)
+        governor = start(60_000, url="redis://127.0.0.1:1")
+        for _ in range(module.FAILURES_TO_OPEN):
+            await governor.failed(Call.CREATE)
+        assert await admitted_within([governor], 1.25) == 3
+        await governor.succeeded(Call.CREATE)
+        assert await admitted_within([governor], 1) > 20
 
     async def test_a_pause_holds_in_this_process(self, start: StartGovernor) -> None:
         governor = start(60_000, url="redis://127.0.0.1:1")

@@ -71,11 +71,17 @@ class Reports(Ungoverned):
     async def throttled(self, call: Call, seconds: float) -> None:
         self.told.append(("throttled", call, seconds))
 
-    async def succeeded(self) -> None:
-        self.told.append(("succeeded",))
+    async def succeeded(self, call: Call) -> None:
+        self.told.append(("succeeded", call))
 
-    async def failed(self) -> None:
-        self.told.append(("failed",))
+    async def failed(self, call: Call) -> None:
+        self.told.append(("failed", call))
+
+
+@pytest.fixture(autouse=True)
+def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure shows at once; `test_a_page_that_fails_is_asked_for_again` has the other tries."""
+    monkeypatch.setattr(module, "TRIES_PER_PAGE", 1)
 
 
 @asynccontextmanager
@@ -373,14 +379,14 @@ class TestCreateIsSentOnce:
         with closed_port() as port:
             async with new_provider(f"http://127.0.0.1:{port}", wait=wait) as provider:
                 error = await failure(provider.create(REQUEST))
-        assert error.failure_class is FailureClass.TRANSIENT
+        assert error.failure_class is FailureClass.UNAVAILABLE
         assert error.code == "provider_unreachable"
 
     async def test_a_failed_tls_handshake_is_proven_unsent(self, double: ReplicateServer) -> None:
         origin = double.origin.replace("http:", "https:")
         async with new_provider(origin) as provider:
             error = await failure(provider.create(REQUEST))
-        assert error.failure_class is FailureClass.TRANSIENT
+        assert error.failure_class is FailureClass.UNAVAILABLE
         assert double.ledger().requests == {}
 
     async def test_no_free_connection_is_proven_unsent(
@@ -392,7 +398,7 @@ class TestCreateIsSentOnce:
             first = asyncio.create_task(provider.create(REQUEST))
             await asyncio.sleep(0)
             error = await failure(provider.create(REQUEST))
-            assert error.failure_class is FailureClass.TRANSIENT
+            assert error.failure_class is FailureClass.UNAVAILABLE
             await first
         assert double.ledger().requests == {"create": 1}
 
@@ -645,6 +651,7 @@ class TestGet:
             await provider.get(created.id),
             (await provider.poll([created.id]))[created.id],
         ):
+            assert seen is not None
             assert (seen.status, seen.is_terminal) == (status, terminal)
 
     async def test_output_may_come_before_the_end(
@@ -911,12 +918,6 @@ class TestPoll:
         assert error.failure_class is FailureClass.THROTTLED
         assert error.retry_after_seconds == 9
 
-    async def test_an_unknown_prediction_among_them_is_told(
-        self, provider: ReplicateProvider, double: ReplicateServer
-    ) -> None:
-        ids = await created_ids(provider, 2)
-        assert isinstance(await failure(provider.poll([*ids, "nosuch"])), PredictionNotFound)
-
 
 class TestFind:
     async def test_the_one_with_this_exact_input_is_found(
@@ -986,12 +987,26 @@ class TestFind:
     async def test_a_list_without_end_proves_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PAGES_PER_SEARCH", 1)
+        monkeypatch.setattr(module, "PAGES_PER_SEARCH", 2)
         await created_ids(provider, 201)
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         error = await failure(provider.find(other, LONG_AGO))
         assert error.failure_class is FailureClass.TRANSIENT
         assert double.ledger().requests["list"] == 2
+
+    async def test_a_page_that_fails_is_asked_for_again(
+        self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "TRIES_PER_PAGE", 3)
+        ids = await created_ids(provider, 101)
+        wanted = await provider.get(ids[0])
+        double.push_fault("list", "status", status=500, times=2)
+        request = PredictionRequest(MODEL, wanted.input, 60)
+        assert wanted.id in [seen.id for seen in await provider.find(request, LONG_AGO)]
+        assert double.ledger().requests["list"] == 4
+        double.push_fault("list", "status", status=429, times=1)
+        error = await failure(provider.find(request, LONG_AGO))
+        assert error.failure_class is FailureClass.THROTTLED
 
     async def test_a_page_that_fails_proves_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -1291,12 +1306,12 @@ class TestGovernor:
     @pytest.mark.parametrize(
         ("fault", "told"),
         [
-            (None, ("succeeded",)),
-            ({"status": 422}, ("succeeded",)),  # the provider is well, the input is not
-            ({"status": 401}, ("succeeded",)),
-            ({"status": 500}, ("failed",)),
-            ({"status": 502, "body": HTML}, ("failed",)),
-            ({"status": 201, "body": HTML}, ("failed",)),
+            (None, ("succeeded", Call.CREATE)),
+            ({"status": 422}, ("succeeded", Call.CREATE)),  # the provider is well, the input is not
+            ({"status": 401}, ("succeeded", Call.CREATE)),
+            ({"status": 500}, ("failed", Call.CREATE)),
+            ({"status": 502, "body": HTML}, ("failed", Call.CREATE)),
+            ({"status": 201, "body": HTML}, ("failed", Call.CREATE)),
             ({"status": 429, "headers": {"retry-after": "7"}}, ("throttled", Call.CREATE, 7)),
             # Nothing said: a short pause, or all workers would go on as before.
             ({"status": 429, "body": ""}, ("throttled", Call.CREATE, 1)),
@@ -1330,7 +1345,7 @@ class TestGovernor:
             await provider.input_schema(MODEL)
             with pytest.raises(PredictionNotFound):
                 await provider.get("nosuch")
-            assert governor.told == [("admit", Call.OTHER), ("succeeded",)] * 5
+            assert governor.told == [("admit", Call.OTHER), ("succeeded", Call.OTHER)] * 5
             governor.told.clear()
             double.push_fault("get", "drop")
             double.push_fault("list", "status", status=429, headers={"retry-after": "3"})
@@ -1338,7 +1353,7 @@ class TestGovernor:
             await failure(provider.find(REQUEST, LONG_AGO))
         assert governor.told == [
             ("admit", Call.OTHER),
-            ("failed",),
+            ("failed", Call.OTHER),
             ("admit", Call.OTHER),
             ("throttled", Call.OTHER, 3),
         ]

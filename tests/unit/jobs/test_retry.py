@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from app.errors import FailureClass, ProviderError
 from app.jobs.retry import Decision, Fail, Retry, RetryPolicy, backoff_seconds, decide
 
-POLICY = RetryPolicy(max_retries=3, backoff_factor=2, backoff_max_seconds=300)
+POLICY = RetryPolicy(max_retries=3, backoff_factor=2, backoff_max_seconds=300, grace_seconds=3)
 
 
 def failure(failure_class: FailureClass, retry_after_seconds: float | None = None) -> ProviderError:
@@ -59,7 +59,7 @@ class TestBackoffSeconds:
     def test_is_factor_to_the_n_capped_plus_jitter(
         self, retry: int, factor: float, longest: float, jitter: float, seconds: float
     ) -> None:
-        policy = RetryPolicy(3, factor, longest)
+        policy = RetryPolicy(3, factor, longest, 0)
         assert backoff_seconds(retry, policy, jitter) == pytest.approx(seconds)
 
     @settings(deadline=None)  # a busy machine is no failure
@@ -72,7 +72,7 @@ class TestBackoffSeconds:
     def test_is_never_early_and_never_more_than_a_tenth_late(
         self, retry: int, factor: float, longest: float, jitter: float
     ) -> None:
-        policy = RetryPolicy(3, factor, longest)
+        policy = RetryPolicy(3, factor, longest, 0)
         exact = min(factor ** min(retry, 64), longest)
         assert exact <= backoff_seconds(retry, policy, jitter) <= exact * 1.1
         assert backoff_seconds(retry + 1, policy, jitter) >= backoff_seconds(retry, policy, jitter)
@@ -99,8 +99,12 @@ class TestDecide:
             (FailureClass.THROTTLED, 0, 2, None, Retry(8, throttles=1)),
             (FailureClass.THROTTLED, 0, 99, None, Retry(300, throttles=1)),
             (FailureClass.THROTTLED, 3, 10**6, None, Retry(300, throttles=1)),
+            # unavailable: 2 ** n of the waits so far; never an attempt, never the end
+            (FailureClass.UNAVAILABLE, 0, 0, None, Retry(2, throttles=1)),
+            (FailureClass.UNAVAILABLE, 3, 2, None, Retry(8, throttles=1)),
+            (FailureClass.UNAVAILABLE, 3, 99, None, Retry(300, throttles=1)),
             # ambiguous: looks again, costs nothing, never gives up here
-            (FailureClass.AMBIGUOUS, 0, 0, None, Retry(2)),
+            (FailureClass.AMBIGUOUS, 0, 0, None, Retry(3)),  # 2 ** 1 is less than the grace
             (FailureClass.AMBIGUOUS, 3, 0, None, Retry(16)),  # 2 ** 4
             (FailureClass.AMBIGUOUS, 99, 0, None, Retry(300)),
             # internal: our own fault, every 5 s, costs nothing
@@ -126,7 +130,7 @@ class TestDecide:
         ("failure_class", "asked", "seconds"),
         [
             (FailureClass.TRANSIENT, None, 2.1),  # 2 * (1 + 0.1 * 0.5)
-            (FailureClass.AMBIGUOUS, None, 2.1),
+            (FailureClass.AMBIGUOUS, None, 3),  # the grace, not jittered
             (FailureClass.INTERNAL, None, 5.25),  # 5 * 1.05
             (FailureClass.THROTTLED, 8.0, 8.4),  # 8 * 1.05: later than asked, never earlier
             (FailureClass.THROTTLED, None, 2.1),  # jittered once, not twice
@@ -140,7 +144,7 @@ class TestDecide:
         assert found.delay_seconds == pytest.approx(seconds)
 
     def test_without_retries_the_first_transient_failure_is_the_last(self) -> None:
-        policy = RetryPolicy(0, 2, 300)
+        policy = RetryPolicy(0, 2, 300, 0)
         assert decision(FailureClass.TRANSIENT, policy=policy) == Fail()
 
     @pytest.mark.parametrize("failure_class", list(FailureClass))

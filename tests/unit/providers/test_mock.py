@@ -251,9 +251,3 @@ class TestId:
         for broken in (created.id[:-4], created.id[:20], created.id + "AAAA!", "mock-eJw"):
             with pytest.raises(PredictionNotFound):
                 await MockProvider(0, 0, 0).get(broken)
-
-    async def test_poll_passes_on_that_one_is_unknown(self) -> None:
-        provider = MockProvider(0, 0, 0)
-        created = await provider.create(request())
-        with pytest.raises(PredictionNotFound):
-            await provider.poll([created.id, "mock-nosuch"])

@@ -1,7 +1,7 @@
 """Many searches, one reading of the list."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -33,7 +33,7 @@ class List:
         self.failure: ProviderError | None = None
         self.search = PredictionSearch(self.read)
 
-    async def read(self, created_after: datetime) -> AsyncIterator[list[Prediction]]:
+    async def read(self, created_after: datetime) -> AsyncGenerator[list[Prediction], None]:
         self.readings.append(created_after)
         yield self.predictions[::-1]
         if self.go_on is not None:
@@ -51,7 +51,7 @@ async def test_searches_that_come_together_share_one_reading() -> None:
     provider = List(*map(prediction, names))
     provider.go_on = asyncio.Event()
     first = asyncio.create_task(provider.find("p0"))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     searches = [asyncio.create_task(provider.find(name)) for name in names[1:]]
     await asyncio.sleep(0)
     provider.go_on.set()
@@ -63,7 +63,7 @@ async def test_whoever_comes_during_a_reading_gets_the_next_one() -> None:
     provider = List()
     provider.go_on = asyncio.Event()
     early = asyncio.create_task(provider.find("late"))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     provider.predictions.append(prediction("late"))
     late = asyncio.create_task(provider.find("late"))
     await asyncio.sleep(0)
@@ -77,7 +77,7 @@ async def test_one_reading_goes_back_as_far_as_the_oldest_search_needs() -> None
     a_minute_ago = NOW - timedelta(seconds=60)
     provider.go_on = asyncio.Event()
     first = asyncio.create_task(provider.find("other"))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     searches = [provider.find("same", since) for since in (a_minute_ago, LONG_AGO)]
     both = asyncio.gather(*searches)
     await asyncio.sleep(0)
@@ -87,29 +87,49 @@ async def test_one_reading_goes_back_as_far_as_the_oldest_search_needs() -> None
     assert provider.readings[1:] == [LONG_AGO]
 
 
-async def test_a_failed_reading_fails_all_and_is_not_repeated() -> None:
-    provider = List(prediction("p"))
+async def test_a_search_ends_where_the_rest_of_the_list_is_older_than_it_asks() -> None:
+    provider = List(prediction("old", age_seconds=100), prediction("new"))
+    provider.go_on = asyncio.Event()  # never: only the first page is read
+    a_minute_ago = NOW - timedelta(seconds=60)
+    assert await provider.find("new", a_minute_ago) == ["new"]
+    assert await provider.find("old", a_minute_ago) == []
+    await provider.search.aclose()
+
+
+async def test_a_failed_reading_fails_those_that_it_has_not_answered() -> None:
+    provider = List(prediction("old", age_seconds=100), prediction("new"))
     provider.go_on = asyncio.Event()
     provider.failure = ProviderError(FailureClass.TRANSIENT, "provider_error", "")
-    searches = [asyncio.create_task(provider.find("p")) for _ in range(10)]
+    waiting = asyncio.create_task(provider.find("x"))
+    await asyncio.sleep(0.01)  # its reading has begun: the others share the next one
+    searches = [asyncio.create_task(provider.find("old")) for _ in range(5)]
+    answered = asyncio.create_task(provider.find("new", NOW - timedelta(seconds=60)))
     await asyncio.sleep(0)
     provider.go_on.set()
-    failures = await asyncio.gather(*searches, return_exceptions=True)
+    failures = await asyncio.gather(waiting, *searches, return_exceptions=True)
     assert {type(failure) for failure in failures} == {ProviderError}
-    assert len(provider.readings) <= 2
+    assert await answered == ["new"]
+    assert len(provider.readings) == 2
     provider.failure = None
-    assert await provider.find("p") == ["p"]
+    assert await provider.find("old") == ["old"]
 
 
-async def test_a_reader_that_is_stopped_leaves_its_work_to_the_next() -> None:
+async def test_a_search_that_is_given_up_leaves_the_others_alone() -> None:
     provider = List(prediction("p"))
     provider.go_on = asyncio.Event()
-    reader = asyncio.create_task(provider.find("p"))
-    await asyncio.sleep(0)
-    waiting = asyncio.create_task(provider.find("p"))
-    await asyncio.sleep(0)
-    reader.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reader
+    first, second = [asyncio.create_task(provider.find("p")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    first.cancel()
     provider.go_on.set()
-    assert await waiting == ["p"]
+    assert await second == ["p"]
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+async def test_a_failure_that_nobody_thought_of_reaches_whoever_waits() -> None:
+    provider = List()
+    provider.predictions = [None]  # type: ignore[list-item]
+    with pytest.raises(AttributeError):
+        await provider.find("p")
+    provider.predictions = []
+    assert await provider.find("p") == []
