@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__
 from app.api import files, generate, jobs, system, webhooks
 from app.api.deps import Ring, open_services
-from app.api.middleware import ClearStart, JsonBodies, RequestContext
+from app.api.middleware import AnswersInTime, ClearStart, JsonBodies, RequestContext
 from app.api.problems import UnexpectedErrors, describe_problems, install_problem_handlers
 from app.config import Settings, get_settings
 from app.logging import configure_logging
@@ -91,6 +91,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(RequestContext),
         *([cors] if settings.cors_origin_list else []),
         Middleware(UnexpectedErrors),
+        Middleware(AnswersInTime),
         Middleware(JsonBodies, max_bytes=settings.max_body_bytes),
     ]
 

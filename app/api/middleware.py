@@ -1,5 +1,6 @@
 """What surrounds every request: its id and log line, the bound on its body, a clear start."""
 
+import asyncio
 import re
 import time
 from uuid import uuid4
@@ -16,6 +17,8 @@ from app.api.problems import problem
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by load balancers: not worth a line each.
 UNLOGGED_PATHS = frozenset({"/health"})
+# From the last byte of a request to the first of its answer: with the network, 5 s at most.
+ANSWER_SECONDS = 4.5
 
 log = structlog.get_logger("app.access")
 
@@ -101,6 +104,80 @@ class JsonBodies:
             return message
 
         return counted
+
+
+class AnswersInTime:
+    """Raises TimeoutError (503) when a request has no answer `ANSWER_SECONDS` after it came in.
+
+    Whatever it waits for: a silent database costs seconds to connect to, and more to close. The
+    request is cancelled and ends by itself, unheard.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._left: set[asyncio.Future[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; see the class."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(receive, send)
+        running = asyncio.ensure_future(self._app(scope, exchange.receive, exchange.send))
+        try:
+            in_time = await exchange.has_begun(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+        if not in_time:
+            self._leave(running, exchange)
+            raise TimeoutError
+        await running
+
+    def _leave(self, running: "asyncio.Future[None]", exchange: "_Exchange") -> None:
+        exchange.is_over = True
+        running.cancel()
+        self._left.add(running)
+        running.add_done_callback(self._forget)
+
+    def _forget(self, ended: "asyncio.Future[None]") -> None:
+        self._left.discard(ended)
+        if not ended.cancelled():
+            ended.exception()  # retrieved, or asyncio would report it as forgotten
+
+
+class _Exchange:
+    """One request: what is read and sent, and since when the client has been waiting."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._waits_since = time.monotonic()
+        self._begun = asyncio.get_running_loop().create_future()
+        self.is_over = False
+
+    async def receive(self) -> Message:
+        """Read on; while the client sends, it is not waiting."""
+        message = await self._receive()
+        self._waits_since = time.monotonic()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on what is sent, unless the client has had its answer."""
+        if self.is_over:
+            return
+        if not self._begun.done():
+            self._begun.set_result(None)
+        await self._send(message)
+
+    async def has_begun(self, running: "asyncio.Future[None]") -> bool:
+        """Wait until the answer begins or the application ends; False when it takes too long."""
+        ends = {running, self._begun}
+        while (left := self._waits_since + ANSWER_SECONDS - time.monotonic()) > 0:
+            done, _ = await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return True
+        return False
 
 
 def _is_form_label(name: bytes, value: bytes) -> bool:

@@ -30,7 +30,7 @@ _DETAILS = {
     413: "The request body is larger than this service accepts.",
 }
 _UNREADABLE = "The request body is not JSON in UTF-8 that can be read."
-_DATABASE_AWAY = "The database is not available right now. Nothing was changed by this request."
+_DATABASE_AWAY = "The database is not available right now; the request may be repeated."
 _STORAGE_AWAY = "The file storage is not available right now."
 
 # PostgreSQL's classes: connection, resources, operator intervention (shutdown), system error;

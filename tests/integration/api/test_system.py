@@ -1,6 +1,7 @@
 """GET /, /health, /health/detailed, /metrics, /info and the documentation."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from app.api.deps import Services
 from app.api.problems import Problem
 from app.api.schemas import CREATED_JOB_EXAMPLE, JOB_EXAMPLE, CreatedJobView, JobView
 from app.config import Settings
+from scripts.servers import Postgres
+from tests.faults.proxy import FaultProxy
 from tests.integration.api.conftest import NOWHERE, Jobs, OpenClient, problem_of
 
 UNKNOWN = "01939f3e-7c1a-7d52-9b1e-3f6a5d0c2b11"
@@ -286,6 +289,25 @@ class TestDatabaseAway:
         codes = [(await client.get("/api/v1/jobs")).status_code for _ in range(3)]
         assert set(codes) <= {200, 503}
         assert codes[-1] == 200
+
+    async def test_a_silent_database_is_503_within_five_seconds(
+        self, settings: Settings, database: Postgres, open_client: OpenClient
+    ) -> None:
+        with FaultProxy(database.port) as proxy:
+            url = settings.database_url.replace(f":{database.port}", f":{proxy.port}")
+            async with open_client(settings.model_copy(update={"database_url": url})) as client:
+                assert (await client.get("/api/v1/jobs")).status_code == 200
+                proxy.hold()
+                started = time.monotonic()
+                answers = await asyncio.gather(
+                    client.get("/api/v1/jobs"),  # on the connection that is there
+                    client.get(f"/api/v1/status/{UNKNOWN}"),  # on a new one
+                    client.post("/api/v1/generate", json={"prompt": "x"}),
+                )
+                assert time.monotonic() - started < 5
+                for answer in answers:
+                    problem_of(answer, 503)
+                proxy.pass_on()
 
     async def test_wrong_credentials_are_503_too(
         self, settings: Settings, open_client: OpenClient
