@@ -50,8 +50,8 @@ CREATE_GRACE_SECONDS = 2.0
 # Replicate's ids have 26; the mock's are long, because they carry the prompt.
 LOGGED_ID_CHARS = 32
 
-# Whether a model (by name) has a parameter (by name): `ParameterChecker.knows`.
-KnowsParameter = Callable[[str, str], Awaitable[bool]]
+# Whether a model has a parameter, and takes a value for it: `ParameterChecker.knows`.
+KnowsParameter = Callable[..., Awaitable[bool]]
 
 log = structlog.get_logger(__name__)
 
@@ -85,6 +85,7 @@ class LifecyclePolicy:
     reconcile_grace_seconds: float
     reconcile_deadline_seconds: float
     on_unknown_outcome: Literal["fail", "resubmit"]
+    ask_for_png: bool = True
 
 
 class AttemptEnded(Exception):
@@ -225,13 +226,18 @@ class Lifecycle:
         return prediction
 
     async def _request(self, job: Job) -> PredictionRequest:
-        """Build the input: the client's parameters unchanged, and a seed if the model has one.
+        """Build the input: the client's parameters unchanged, with what only we know to want.
 
-        The seed makes the result reproducible and the input recognisable in the provider's list.
+        A seed makes the result reproducible and the input recognisable in the provider's list; a
+        PNG is kept as it is, where anything else would be decoded and encoded once more.
         """
         given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
-        if given.get("seed") is None and await self._knows_parameter(job.model_name, "seed"):
+        knows = partial(self._knows_parameter, job.model_name)
+        if given.get("seed") is None and await knows("seed"):
             given["seed"] = secrets.randbelow(SEED_LIMIT)
+        wants_png = self._policy.ask_for_png and given.get("output_format") is None
+        if wants_png and await knows("output_format", "png"):
+            given["output_format"] = "png"
         return PredictionRequest(job.model_name, given, round(self._policy.cancel_after_seconds))
 
     # --- reconcile ---------------------------------------------------------------------------

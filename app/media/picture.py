@@ -32,12 +32,12 @@ def make_png(path: Path, media_type: str, max_pixels: int, parameters: str = "")
     """
     if media_type == PNG:
         return png.check(path, max_pixels)
-    with _blaming_the_picture(), path.open("r+b") as file, _open(file, max_pixels) as picture:
-        picture.load()  # verify() accepts half a JPEG, load() does not
+    with _blaming_the_picture(), path.open("r+b") as file:
+        decoded = _first_frame(file, max_pixels)
         file.seek(0)
         file.truncate()
-        write_png(picture, file, parameters)
-        return picture.size
+        write_png(decoded, file, parameters)
+        return decoded.size
 
 
 def verify(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
@@ -48,6 +48,13 @@ def verify(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
         for frame in ImageSequence.Iterator(picture):
             frame.load()
         return picture.size
+
+
+def _first_frame(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
+    with _open(file, max_pixels) as picture:
+        picture.load()  # verify() accepts half a JPEG, load() does not
+        return picture._new(picture.im)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> ImageFile:

@@ -146,6 +146,8 @@ class Runtime:
                 max_pixels=settings.max_output_pixels,
                 deadline_seconds=settings.download_deadline_seconds,
                 concurrency=settings.download_concurrency,
+                decode_memory_bytes=settings.decode_memory_bytes,
+                store_original_format=settings.store_original_format,
             ),
             self._checker.knows,
             _policy(settings),
@@ -226,4 +228,5 @@ def _policy(settings: Settings) -> LifecyclePolicy:
         reconcile_grace_seconds=settings.reconcile_grace_seconds,
         reconcile_deadline_seconds=settings.reconcile_deadline_seconds,
         on_unknown_outcome=settings.on_unknown_outcome,
+        ask_for_png=not settings.store_original_format,
     )

@@ -192,7 +192,9 @@ class TestNames:
             (b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00", "video/mp4", "mp4"),
             (b"RIFF\x24\x00\x00\x00WAVEfmt ", "audio/wav", "wav"),
             (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml", "svg"),
-            (b"PK\x03\x04", "application/octet-stream", "bin"),
+            (b"PK\x03\x04", "application/zip", "zip"),
+            (b"glTF\x02\x00", "model/gltf-binary", "glb"),
+            (b"\x01\x02\x03\x04", "application/octet-stream", "bin"),
         ],
     )
     async def test_what_is_no_picture_is_kept_as_it_is(
