@@ -69,15 +69,18 @@ class Decoder:
         """Return the answer, or an empty one if the child died of something else than the time.
 
         It may have been hurt by an earlier picture, or killed from outside: the first death is
-        no proof. Raises: BadPicture - the child was too slow, or this was the last try.
+        no proof. Raises: BadPicture - the child was too slow, or this was the last try;
+        DecoderFailed.
         """
         if self._child is None:
             self._child = _Child(self._arguments)
         answer = self._child.ask(json.dumps(request).encode() + b"\n")
         if answer:
             return answer
-        status = self._child.end()
+        status, is_silent = self._child.end(), self._child.is_silent
         self._child = None
+        if is_silent:
+            raise DecoderFailed("the decoder does not answer")
         if status == -signal.SIGPROF:
             raise BadPicture("The picture takes too long to decode.")
         if is_last and status == child.OUT_OF_MEMORY:
@@ -114,16 +117,14 @@ class _Child:
         assert self._process.stdin is not None  # noqa: S101 - it is a pipe
         assert self._process.stdout is not None  # noqa: S101 - likewise
         self._requests, self._answers = self._process.stdin, self._process.stdout
-        self._is_silent = False
+        self.is_silent = False
         self._end = weakref.finalize(self, _end, self._process, self._requests, self._answers)
         if self._exchange(b"") != child.READY:
             raise DecoderFailed(f"the decoder does not start: exit status {self.end()}")
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        """Return the answer; empty when the process is dead. Raises: DecoderFailed."""
+        """Return the answer; empty when the process is dead, then or by now."""
         line = self._exchange(request)
-        if self._is_silent:
-            raise DecoderFailed("the decoder does not answer")
         return json.loads(line) if line.endswith(b"\n") else {}
 
     def end(self) -> int:
@@ -144,7 +145,7 @@ class _Child:
             timer.cancel()
 
     def _give_up(self) -> None:
-        self._is_silent = True
+        self.is_silent = True
         self._process.kill()
 
 
