@@ -226,8 +226,7 @@ def metadata_document(
 def _parameters_text(job: Job, attempt: Attempt) -> str:
     """Return what a PNG that we make says of itself: the input as sent, seed included."""
     document = {**attempt.input, "prompt": job.prompt, "model_name": job.model_name}
-    # JSON may hold half a surrogate pair, UTF-8 may not.
-    return json.dumps(document, ensure_ascii=False).encode(errors="replace").decode()
+    return json.dumps(document, ensure_ascii=False)
 
 
 def _media_type(value: Any, head: bytes) -> str:

@@ -282,11 +282,52 @@ class TestPictures:
         row, _ = await kept.one((await provider.create(request)).output)
         assert (row.name, row.width, row.height) == (f"{JOB_ID}.png", 96, 64)
 
+    async def test_one_that_we_make_tells_what_made_it(self, kept: Kept) -> None:
+        words = "ünïcödé 🌅"
+        job, attempt = new_job(), new_attempt({"seed": 7, "words": words, "steps": [1, None]})
+        webp = data_url(encoded(noise(), "WEBP"), "image/webp")
+        await kept.keeper.keep(job, attempt, succeeded(webp), nothing)
+        with Image.open(kept.media / f"{JOB_ID}.png") as picture:
+            assert json.loads(picture.info["parameters"]) == {
+                "prompt": "a lighthouse",
+                "model_name": "acme/painter",
+                "seed": 7,
+                "words": words,
+                "steps": [1, None],
+            }
+
     async def test_keeping_again_gives_the_same(self, kept: Kept) -> None:
         first = await kept.keep([PICTURE_URL, "text"])
         seen = kept.files()
         assert await kept.keep([PICTURE_URL, "text"]) == first
         assert kept.files() == seen
+
+
+class TestOriginalFormat:
+    @pytest.fixture
+    def kept(self, provider: ReplicateProvider, tmp_path: Path) -> Kept:
+        return new_keeper(provider, tmp_path, store_original_format=True)
+
+    @pytest.mark.parametrize(
+        ("pillow_format", "extension"),
+        [("PNG", "png"), ("WEBP", "webp"), ("JPEG", "jpg"), ("GIF", "gif"), ("AVIF", "avif")],
+    )
+    async def test_every_picture_keeps_its_bytes_and_its_name(
+        self, kept: Kept, pillow_format: str, extension: str
+    ) -> None:
+        given = encoded(noise(), pillow_format)
+        row, stored = await kept.one(data_url(given))
+        assert stored == given
+        media_type = f"image/{pillow_format.lower()}"
+        assert (row.name, row.media_type) == (f"{JOB_ID}.{extension}", media_type)
+        assert (row.width, row.height) == (61, 47)
+
+    @pytest.mark.parametrize("pillow_format", ["PNG", "WEBP", "JPEG", "AVIF"])
+    async def test_half_a_picture_is_refused_all_the_same(
+        self, kept: Kept, pillow_format: str
+    ) -> None:
+        error = await kept.refuse(data_url(half(encoded(noise(), pillow_format))))
+        assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
 
 
 class TestMetadata:
