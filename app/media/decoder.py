@@ -43,6 +43,11 @@ class Decoder:
         self._turn = threading.Lock()
         self._child: _Child | None = None
 
+    @property
+    def child_pid(self) -> int | None:
+        """The child's process id, when there is one."""
+        return self._child.pid if self._child else None
+
     def make_png(self, path: Path, media_type: str, parameters: str) -> Size:
         """See `picture.make_png`; blocking, for about 5 seconds of CPU time at most.
 
@@ -121,6 +126,10 @@ class _Child:
         self._end = weakref.finalize(self, _end, self._process, self._requests, self._answers)
         if self._exchange(b"") != child.READY:
             raise DecoderFailed(f"the decoder does not start: exit status {self.end()}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, request: bytes) -> dict[str, Any]:
         """Return the answer; empty when the process is dead, then or by now."""

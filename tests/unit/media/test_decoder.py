@@ -65,8 +65,8 @@ def resident_bytes(pid: int, field: str = "VmRSS") -> int:
 
 
 def child_pid(used: Decoder) -> int:
-    assert used._child is not None
-    return used._child._process.pid
+    assert used.child_pid is not None
+    return used.child_pid
 
 
 def is_running(pid: int) -> bool:
@@ -168,7 +168,7 @@ class TestMemory:
             [sys.executable, "-c", script, path], capture_output=True, check=True, cwd=decoder.ROOT
         )
         assert int(found.stdout) < 8 << 10  # KiB
-        assert used._child is None
+        assert used.child_pid is None
 
 
 class TestDeath:
@@ -263,7 +263,7 @@ class TestProcess:
             "import sys, time; from pathlib import Path; from app.media.decoder import Decoder\n"
             f"used = Decoder(max_pixels={MAX_PIXELS}, memory_bytes={MEMORY_BYTES})\n"
             "used.make_png(Path(sys.argv[1]), 'image/jpeg', '')\n"
-            "print(used._child._process.pid, flush=True); time.sleep(60)"
+            "print(used.child_pid, flush=True); time.sleep(60)"
         )
         with subprocess.Popen(
             [sys.executable, "-c", script, write(JPEG)], stdout=subprocess.PIPE, cwd=decoder.ROOT
