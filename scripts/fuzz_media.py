@@ -1,6 +1,6 @@
 """Feed damaged pictures to the decoder and see that nothing dies of it.
 
-Usage: scripts/fuzz_media.py [--count 20000] [--seed 1] [--seconds 3600]
+Usage: python scripts/fuzz_media.py [--count 20000] [--seed 1] [--seconds 3600]
 
 Mutates good files of every format, bit by bit and piece by piece, and has each one kept as a
 worker would. Fails when anything but a kept picture or a clean refusal comes out of it, when one
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# Run by its path, a script finds the modules of its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
