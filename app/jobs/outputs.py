@@ -142,7 +142,9 @@ class OutputKeeper:
                 size_bytes += len(chunk)
                 if size_bytes > self._max_bytes:
                     raise _refused("output_too_large", "The output is larger than allowed.")
-                head += chunk[: sniff.HEAD_BYTES - len(head)]
+                if len(head) < sniff.HEAD_BYTES:
+                    head += chunk[: sniff.HEAD_BYTES - len(head)]
+                    _refuse_beginning(value, head)
                 await asyncio.to_thread(file.write, chunk)
         finally:
             await asyncio.to_thread(file.close)
@@ -162,8 +164,6 @@ class OutputKeeper:
     async def _check(
         self, decoding: Decoding, parameters: str, path: Path, media_type: str
     ) -> Size:
-        if media_type == "text/html":
-            raise _refused("invalid_output", "The output is a web page, not a file.")
         if media_type not in sniff.PICTURES:
             return None, None
         async with self._decodes, decoding():
@@ -230,13 +230,24 @@ def _parameters_text(job: Job, attempt: Attempt) -> str:
 
 
 def _media_type(value: Any, head: bytes) -> str:
-    """Sniff the type; an address that names a picture must lead to one."""
+    """Sniff the type; an address that names a picture must lead to one, and none to a page.
+
+    Raises: ProviderError.
+    """
     if not _is_address(value):
         return "text/plain" if isinstance(value, str) else "application/json"
     found = sniff.media_type(head)
+    if found == "text/html":
+        raise _refused("invalid_output", "The output is a web page, not a file.")
     if _promises_picture(value) and found not in sniff.PICTURES:
         raise _refused("invalid_output", "The output is not the picture that its name promises.")
     return found
+
+
+def _refuse_beginning(value: Any, head: bytes) -> None:
+    """Refuse by the first bytes, as soon as they are there, what may go on for 100 MB."""
+    if len(head) == sniff.HEAD_BYTES:
+        _media_type(value, head)
 
 
 def _promises_picture(address: str) -> bool:

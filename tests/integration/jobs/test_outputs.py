@@ -618,6 +618,23 @@ class TestBounds:
         assert closed == [True]
         assert caught.value.code == "output_too_large"
 
+    @pytest.mark.parametrize("beginning", [b"<!DOCTYPE html>", b"no picture, whatever its name"])
+    async def test_a_wrong_type_is_refused_by_its_beginning(
+        self, tmp_path: Path, beginning: bytes
+    ) -> None:
+        sent: list[int] = []
+
+        class Endless(MockProvider):
+            async def download(self, url: str) -> AsyncIterator[bytes]:
+                yield beginning
+                while True:
+                    sent.append(1)
+                    yield bytes(1000)
+
+        kept = new_keeper(Endless(0, 0, 0), tmp_path)
+        assert (await kept.refuse("https://files/x.png")).code == "invalid_output"
+        assert len(sent) == 1
+
     async def test_only_so_many_are_downloaded_at_once(self, tmp_path: Path) -> None:
         running: list[int] = []
 

@@ -17,8 +17,6 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 DAMAGED = "damaged"
 TOO_LARGE = "too many pixels"
-# A lying size may be noticed as either, or as a lack of memory.
-REFUSED = "picture"
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,6 +273,12 @@ class TestProcess:
             worker.kill()
         assert_ends(pid)
 
+    def test_knows_any_name(self, shared: Decoder, tmp_path: Path) -> None:
+        path = tmp_path / 'ünï"c\nödé 🌅'
+        path.write_bytes(JPEG)
+        assert shared.make_png(path, "image/jpeg", "") == SIZE
+        assert path.read_bytes().startswith(b"\x89PNG")
+
     def test_serves_any_number_of_threads(self, shared: Decoder, tmp_path: Path) -> None:
         def convert(number: int) -> tuple[int, int]:
             path = tmp_path / str(number)
