@@ -32,12 +32,16 @@ def make_png(path: Path, media_type: str, max_pixels: int, parameters: str = "")
     """
     if media_type == PNG:
         return png.check(path, max_pixels)
-    with _blaming_the_picture(), path.open("r+b") as file:
-        decoded = _first_frame(file, max_pixels)
-        file.seek(0)
-        file.truncate()
-        write_png(decoded, file, parameters)
-        return decoded.size
+    # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
+    converted = path.with_name(f"{path.name}.png")
+    try:
+        with _blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
+            decoded = _first_frame(file, max_pixels)
+            write_png(decoded, png_file, parameters)
+        converted.replace(path)
+    finally:
+        converted.unlink(missing_ok=True)
+    return decoded.size
 
 
 def verify(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:

@@ -248,13 +248,17 @@ class TestOurOwnFaults:
     def test_a_full_disk_is_not_a_damaged_picture(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def write(*_: Any) -> None:
+        def write(_picture: Image.Image, file: Any, _parameters: str) -> None:
+            file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        path.write_bytes(encoded(noise(), "JPEG"))
+        content = encoded(noise(), "JPEG")
+        path.write_bytes(content)
         monkeypatch.setattr("app.media.picture.write_png", write)
         with pytest.raises(OSError, match="No space left"):
             make_png(path, "image/jpeg", LIMIT)
+        assert path.read_bytes() == content
+        assert list(path.parent.iterdir()) == [path]
 
     def test_a_lack_of_memory_is_not_a_damaged_picture(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
