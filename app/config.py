@@ -113,6 +113,8 @@ class Settings(BaseSettings):
     metadata_retention_days: int | None = Field(None, ge=1, le=36_500)
     max_output_bytes: int = Field(100 << 20, ge=1024)
     max_output_pixels: int = Field(50_000_000, ge=1)
+    decode_memory_bytes: int = Field(120 << 20, ge=32 << 20)
+    store_original_format: bool = False
     download_concurrency: int = Field(8, ge=1, le=64)
 
     replicate_api_token: SecretStr = SecretStr(MOCK_TOKEN)

@@ -53,8 +53,8 @@ CREATE_GRACE_SECONDS = 2.0
 RECORD_SECONDS = 30.0
 RECORD_PAUSE_SECONDS = 1.0
 
-# Whether a model (by name) has a parameter (by name): `ParameterChecker.knows`.
-KnowsParameter = Callable[[str, str], Awaitable[bool]]
+# Whether a model has a parameter, and takes a value for it: `ParameterChecker.knows`.
+KnowsParameter = Callable[..., Awaitable[bool]]
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +86,7 @@ class LifecyclePolicy:
     cancel_after_seconds: float
     webhook_base_url: str | None
     reconcile: ReconcilePolicy
+    ask_for_png: bool = True
 
 
 class Lifecycle:
@@ -260,13 +261,18 @@ class Lifecycle:
             await self._provider.cancel(prediction.id)
 
     async def _request(self, job: Job) -> PredictionRequest:
-        """Build the input: the client's parameters unchanged, and a seed if the model has one.
+        """Build the input: the client's parameters unchanged, with what only we know to want.
 
-        The seed makes the result reproducible and the input recognisable in the provider's list.
+        A seed makes the result reproducible and the input recognisable in the provider's list; a
+        PNG is kept as it is, where anything else would be decoded and encoded once more.
         """
         given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
-        if given.get("seed") is None and await self._knows_parameter(job.model_name, "seed"):
+        knows = partial(self._knows_parameter, job.model_name)
+        if given.get("seed") is None and await knows("seed"):
             given["seed"] = secrets.randbelow(SEED_LIMIT)
+        wants_png = self._policy.ask_for_png and given.get("output_format") is None
+        if wants_png and await knows("output_format", "png"):
+            given["output_format"] = "png"
         return PredictionRequest(job.model_name, given, round(self._policy.cancel_after_seconds))
 
     # --- store and conclude ------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,9 @@ from uuid import UUID, uuid4
 
 from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs.models import Attempt, Job, Output
-from app.media import picture, sniff
+from app.media import sniff
+from app.media.decoder import Decoder
+from app.media.errors import BadPicture
 from app.providers.base import Prediction, Provider
 from app.providers.outcome import output_values
 from app.storage.base import Storage, media_key, metadata_key
@@ -21,9 +24,11 @@ from app.storage.base import Storage, media_key, metadata_key
 MAX_OUTPUTS = 100
 # Decoding is CPU: more at once would only make each of them late.
 DECODERS = 2
-
+DECODE_MEMORY_BYTES = 120 << 20
 
 Decoding = Callable[[], AbstractAsyncContextManager[None]]
+Size = tuple[int, int] | tuple[None, None]
+Check = Callable[[Path, str], Awaitable[Size]]
 
 
 class OutputKeeper:
@@ -41,11 +46,14 @@ class OutputKeeper:
         max_pixels: int,
         deadline_seconds: float,
         concurrency: int,
+        decode_memory_bytes: int = DECODE_MEMORY_BYTES,
+        store_original_format: bool = False,
     ) -> None:
         self._provider = provider
         self._storage = storage
         self._max_bytes = max_bytes
-        self._max_pixels = max_pixels
+        self._decoder = Decoder(max_pixels=max_pixels, memory_bytes=decode_memory_bytes)
+        self._store_original_format = store_original_format
         self._deadline_seconds = deadline_seconds
         self._downloads = asyncio.Semaphore(concurrency)
         self._decodes = asyncio.Semaphore(DECODERS)
@@ -70,10 +78,11 @@ class OutputKeeper:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
             raise _refused("invalid_output", f"The prediction made more than {MAX_OUTPUTS} files.")
+        check = partial(self._check, decoding, _parameters_text(job, attempt))
         outputs = []
         for index, value in enumerate(values):
             async with self._downloads:
-                outputs.append(await self._keep_one(job.id, index, value, checkpoint, decoding))
+                outputs.append(await self._keep_one(job.id, index, value, checkpoint, check))
         document = metadata_document(job, attempt, prediction, outputs)
         await self._put_metadata(job.id, document, checkpoint)
         return outputs
@@ -84,28 +93,26 @@ class OutputKeeper:
         index: int,
         value: Any,
         checkpoint: Callable[[], Awaitable[None]],
-        decoding: Decoding,
+        check: Check,
     ) -> Output:
         await checkpoint()
         path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
         try:
-            output = await self._make(job_id, index, value, path, decoding)
+            output = await self._make(job_id, index, value, path, check)
             await checkpoint()
             await self._storage.put(media_key(output.name), path, checkpoint)
         finally:
             await asyncio.to_thread(_forget, path)
         return output
 
-    async def _make(
-        self, job_id: UUID, index: int, value: Any, path: Path, decoding: Decoding
-    ) -> Output:
+    async def _make(self, job_id: UUID, index: int, value: Any, path: Path, check: Check) -> Output:
         """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 head = await self._fetch(value, path)
             media_type = _media_type(value, head)
-            width, height = await self._check(path, media_type, decoding)
-            if width is not None:
+            width, height = await check(path, media_type)
+            if width is not None and not self._store_original_format:
                 media_type = sniff.PNG
             size_bytes, sha256 = await asyncio.to_thread(_measure, path)
         except TimeoutError as error:
@@ -135,7 +142,9 @@ class OutputKeeper:
                 size_bytes += len(chunk)
                 if size_bytes > self._max_bytes:
                     raise _refused("output_too_large", "The output is larger than allowed.")
-                head += chunk[: sniff.HEAD_BYTES - len(head)]
+                if len(head) < sniff.HEAD_BYTES:
+                    head += chunk[: sniff.HEAD_BYTES - len(head)]
+                    _refuse_beginning(value, head)
                 await asyncio.to_thread(file.write, chunk)
         finally:
             await asyncio.to_thread(file.close)
@@ -153,16 +162,16 @@ class OutputKeeper:
             yield json.dumps(value).encode()
 
     async def _check(
-        self, path: Path, media_type: str, decoding: Decoding
-    ) -> tuple[int, int] | tuple[None, None]:
-        if media_type == "text/html":
-            raise _refused("invalid_output", "The output is a web page, not a file.")
+        self, decoding: Decoding, parameters: str, path: Path, media_type: str
+    ) -> Size:
         if media_type not in sniff.PICTURES:
             return None, None
         async with self._decodes, decoding():
             try:
-                return await asyncio.to_thread(picture.make_png, path, media_type, self._max_pixels)
-            except picture.BadPicture as error:
+                if self._store_original_format:
+                    return await asyncio.to_thread(self._decoder.verify, path, media_type)
+                return await asyncio.to_thread(self._decoder.make_png, path, media_type, parameters)
+            except BadPicture as error:
                 raise _refused("invalid_output", str(error)) from error
 
     async def _put_metadata(
@@ -214,14 +223,31 @@ def metadata_document(
     }
 
 
+def _parameters_text(job: Job, attempt: Attempt) -> str:
+    """Return what a PNG that we make says of itself: the input as sent, seed included."""
+    document = {**attempt.input, "prompt": job.prompt, "model_name": job.model_name}
+    return json.dumps(document, ensure_ascii=False)
+
+
 def _media_type(value: Any, head: bytes) -> str:
-    """Sniff the type; an address that names a picture must lead to one."""
+    """Sniff the type; an address that names a picture must lead to one, and none to a page.
+
+    Raises: ProviderError.
+    """
     if not _is_address(value):
         return "text/plain" if isinstance(value, str) else "application/json"
     found = sniff.media_type(head)
+    if found == "text/html":
+        raise _refused("invalid_output", "The output is a web page, not a file.")
     if _promises_picture(value) and found not in sniff.PICTURES:
         raise _refused("invalid_output", "The output is not the picture that its name promises.")
     return found
+
+
+def _refuse_beginning(value: Any, head: bytes) -> None:
+    """Refuse by the first bytes, as soon as they are there, what may go on for 100 MB."""
+    if len(head) == sniff.HEAD_BYTES:
+        _media_type(value, head)
 
 
 def _promises_picture(address: str) -> bool:

@@ -20,6 +20,8 @@ from app.errors import InvalidInput
 FetchSchema = Callable[[str], Awaitable[dict[str, Any] | None]]
 Fault = tuple[tuple[str | int, ...], str]
 
+_PLACE = ("body", "parameters")
+
 KEEP_SECONDS = 3600.0
 KEEP_MISS_SECONDS = 30.0
 WAIT_SECONDS = 2.0
@@ -61,12 +63,17 @@ class ParameterChecker:
             raise InvalidInput(f"The model {model_name} would refuse the parameters.", faults)
         return _warnings(schema, parameters)
 
-    async def knows(self, model_name: str, name: str) -> bool:
-        """Tell whether the model has a parameter of this name; False without a schema."""
+    async def knows(self, model_name: str, name: str, value: Any = None) -> bool:
+        """Tell whether the model has a parameter of this name, and takes the value if one is given.
+
+        False without a schema.
+        """
         schema = await self._schema(model_name)
         if schema is None or not isinstance(schema.schema, dict):
             return False
-        return name in (schema.schema.get("properties") or {})
+        if name not in (schema.schema.get("properties") or {}):
+            return False
+        return all(path[:3] != (*_PLACE, name) for path, _ in _faults(schema, {name: value}))
 
     async def aclose(self) -> None:
         """Stop the fetches that are under way."""
@@ -160,7 +167,7 @@ def _faults(schema: Validator, parameters: Mapping[str, Any]) -> list[Fault]:
 
 def _fault(error: ValidationError) -> Fault:
     describe = _MESSAGES.get(str(error.validator), lambda _: "does not fit the model's schema")
-    return ("body", "parameters", *error.absolute_path), describe(error.validator_value)[:300]
+    return (*_PLACE, *error.absolute_path), describe(error.validator_value)[:300]
 
 
 def _warnings(schema: Validator, parameters: Mapping[str, Any]) -> list[str]:

@@ -1,80 +1,86 @@
-"""Pictures: whole or refused, and PNG in the end."""
+"""Pictures: whole or refused, and PNG in the end.
 
-import zlib
+What is not a PNG is decoded with Pillow, so in a child process only: see `decoder`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image, ImageSequence
+from PIL.ImageFile import ImageFile
 
+from app.media import png
+from app.media.encode import write_png
+from app.media.errors import BadPicture
 from app.media.sniff import PNG
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
-SIGNATURE_BYTES = 8
+FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
+
+# A thread per core would make its own share of memory, and wait for the same two cores.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
-class BadPicture(Exception):
-    """Not a whole picture that may be kept; the message is fit for the client."""
-
-
-def make_png(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
+def make_png(path: Path, media_type: str, max_pixels: int, parameters: str = "") -> tuple[int, int]:
     """Check the picture in `path` completely and make the file a PNG; return (width, height).
 
-    A PNG keeps its bytes, up to its end: what follows the last chunk is cut off. Blocking: a
-    full decode is tens of milliseconds for a megapixel.
+    A PNG keeps its bytes, up to its end: what follows the last chunk is cut off. Any other is
+    decoded (of an animation the first frame) and carries `parameters` as text from then on.
+    Blocking: tens of milliseconds for a megapixel.
     Raises: BadPicture; OSError and MemoryError when it is not the picture's fault.
     """
     if media_type == PNG:
-        _trim(path)
+        return png.check(path, max_pixels)
+    # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
+    converted = path.with_name(f"{path.name}.png")
     try:
-        return _decode(path, media_type, max_pixels)
+        with _blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
+            decoded = _first_frame(file, max_pixels)
+            write_png(decoded, png_file, parameters)
+        converted.replace(path)
+    finally:
+        converted.unlink(missing_ok=True)
+    return decoded.size
+
+
+def verify(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
+    """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
+    if media_type == PNG:
+        return png.check(path, max_pixels)
+    with _blaming_the_picture(), path.open("rb") as file, _open(file, max_pixels) as picture:
+        for frame in ImageSequence.Iterator(picture):
+            frame.load()
+        return picture.size
+
+
+def _first_frame(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
+    with _open(file, max_pixels) as picture:
+        picture.load()  # verify() accepts half a JPEG, load() does not
+        return picture._new(picture.im)
+
+
+def _open(file: BinaryIO, max_pixels: int) -> ImageFile:
+    picture = Image.open(file, formats=FORMATS)
+    # The header's size, before a single pixel is unpacked.
+    if picture.width * picture.height > max_pixels:
+        raise BadPicture("The picture has too many pixels.")
+    return picture
+
+
+@contextmanager
+def _blaming_the_picture() -> Iterator[None]:
+    """Turn whatever Pillow raises for a damaged file into `BadPicture`."""
+    try:
+        yield
     except (BadPicture, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise BadPicture("The picture has too many pixels.") from error
     except Exception as error:
-        # Pillow raises nearly anything for a damaged file: SyntaxError, struct.error, ... and
-        # OSError as well, but only the operating system gives one a number: our disk is full.
+        # Nearly anything: SyntaxError, struct.error, ... and OSError as well, but only the
+        # operating system gives one a number: our disk's fault.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise BadPicture("The picture is damaged.") from error
-
-
-def _decode(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
-    with Image.open(path, formats=FORMATS) as picture:
-        # The header's size, before a single pixel is unpacked.
-        if picture.width * picture.height > max_pixels:
-            raise BadPicture("The picture has too many pixels.")
-        picture.load()  # verify() accepts half a JPEG, load() does not
-        size = picture.size
-        if media_type != PNG:
-            _save(picture, path)
-    return size
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    if picture.mode in ("RGB", "RGBA", "L", "LA", "P"):
-        picture.save(path, format="PNG", compress_level=3)
-        return
-    # The colour profile describes the mode that it had: a press's, say, for CMYK.
-    picture.convert("RGB").save(path, format="PNG", compress_level=3, icc_profile=None)
-
-
-def _trim(path: Path) -> None:
-    """Walk the chunks with their checksums and cut the file after the last.
-
-    Source of the layout: the PNG specification (w3.org/TR/png-3), section 5.3.
-    """
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.seek(SIGNATURE_BYTES)
-        while True:
-            head = file.read(8)
-            length = int.from_bytes(head[:4], "big")
-            if length > size:  # else `read` would reserve the gigabytes that it claims
-                raise BadPicture("The picture is damaged.")
-            body = head[4:] + file.read(length)
-            checksum = file.read(4)
-            if len(head) < 8 or len(checksum) < 4 or zlib.crc32(body) != int.from_bytes(checksum):
-                raise BadPicture("The picture is damaged.")
-            if head[4:] == b"IEND":
-                file.truncate()
-                return
+        raise BadPicture from error

@@ -12,12 +12,20 @@ EXTENSIONS = {
     "image/gif": "gif",
     "image/avif": "avif",
     "image/svg+xml": "svg",
+    "image/heic": "heic",
+    "image/tiff": "tiff",
     "video/mp4": "mp4",
+    "video/quicktime": "mov",
     "video/webm": "webm",
     "audio/mpeg": "mp3",
+    "audio/mp4": "m4a",
+    "audio/aac": "aac",
     "audio/wav": "wav",
     "audio/ogg": "ogg",
     "audio/flac": "flac",
+    "model/gltf-binary": "glb",
+    "application/pdf": "pdf",
+    "application/zip": "zip",
     "text/html": "html",
     "text/plain": "txt",
     "application/json": "json",
@@ -31,10 +39,26 @@ _MAGIC = (
     (b"GIF89a", "image/gif"),
     (b"\x1aE\xdf\xa3", "video/webm"),
     (b"ID3", "audio/mpeg"),
-    (b"\xff\xfb", "audio/mpeg"),
+    # MPEG audio: a frame of layer 3, or an ADTS frame.
+    *((b"\xff" + second, "audio/mpeg") for second in (b"\xfb", b"\xfa", b"\xf3", b"\xf2")),
+    *((b"\xff" + second, "audio/aac") for second in (b"\xf1", b"\xf9")),
     (b"OggS", "audio/ogg"),
     (b"fLaC", "audio/flac"),
+    (b"II*\0", "image/tiff"),
+    (b"MM\0*", "image/tiff"),
+    (b"glTF", "model/gltf-binary"),
+    (b"%PDF-", "application/pdf"),
+    (b"PK\x03\x04", "application/zip"),
 )
+# ISO base media files by their brand; any other is a video.
+_BRANDS = {
+    b"avif": "image/avif",
+    b"avis": "image/avif",
+    b"heic": "image/heic",
+    b"heix": "image/heic",
+    b"qt  ": "video/quicktime",
+    b"M4A ": "audio/mp4",
+}
 _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav"}
 
 
@@ -46,7 +70,7 @@ def media_type(head: bytes) -> str:
     if head[:4] == b"RIFF":
         return _RIFF.get(head[8:12], "application/octet-stream")
     if head[4:8] == b"ftyp":
-        return "image/avif" if head[8:12] in (b"avif", b"avis") else "video/mp4"
+        return _BRANDS.get(head[8:12], "video/mp4")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
         return "image/svg+xml"

@@ -160,6 +160,8 @@ class Runtime:
                 max_pixels=settings.max_output_pixels,
                 deadline_seconds=settings.download_deadline_seconds,
                 concurrency=settings.download_concurrency,
+                decode_memory_bytes=settings.decode_memory_bytes,
+                store_original_format=settings.store_original_format,
             ),
             self._checker.knows,
             _policy(settings, self._provider.call_seconds),
@@ -254,4 +256,5 @@ def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
             settings.reconcile_deadline_seconds,
             settings.on_unknown_outcome,
         ),
+        ask_for_png=not settings.store_original_format,
     )

@@ -27,7 +27,7 @@ from celery.__main__ import main
 from app.jobs import recovery
 from app.jobs.outputs import OutputKeeper
 from app.jobs.repository import JobRepository
-from app.media import picture
+from app.media.decoder import Decoder
 from app.providers import replicate
 from app.storage import local
 from app.storage.local import LocalStorage
@@ -50,7 +50,7 @@ def run() -> None:
 
 
 def _crash(folder: Path) -> None:
-    keep, make_png = OutputKeeper.keep, picture.make_png
+    keep, make_png = OutputKeeper.keep, Decoder.make_png
 
     async def noted_keep(self: OutputKeeper, job: Any, *arguments: Any) -> Any:
         prompt.set(job.prompt)
@@ -61,7 +61,7 @@ def _crash(folder: Path) -> None:
         return make_png(*arguments)
 
     OutputKeeper.keep = noted_keep  # type: ignore[assignment,method-assign]
-    picture.make_png = deadly_make_png  # type: ignore[assignment]
+    Decoder.make_png = deadly_make_png  # type: ignore[assignment,method-assign]
     _wrap(OutputKeeper, "_make", after=lambda: _die(folder, "temp"))
     _wrap(LocalStorage, "put", after=lambda: _die(folder, "renamed"))
     _wrap(JobRepository, "complete", before=lambda: _die(folder, "committing"))

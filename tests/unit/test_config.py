@@ -70,6 +70,8 @@ WRONG = [
     ("STORAGE_BASE_URL", "ftp://u:s3cret@localhost", HTTP),
     ("MAX_OUTPUT_BYTES", "1023", "greater than or equal to 1024"),
     ("MAX_OUTPUT_PIXELS", "0", "greater than or equal to 1"),
+    ("DECODE_MEMORY_BYTES", "33554431", "greater than or equal to 33554432"),
+    ("STORE_ORIGINAL_FORMAT", "perhaps", "valid boolean"),
     ("DOWNLOAD_CONCURRENCY", "65", "less than or equal to 64"),
     ("STORAGE_URL", "gs://bucket", STORAGE),
     ("STORAGE_URL", "file://srv/media", STORAGE),

@@ -143,7 +143,21 @@ class TestOutcomes:
         [create] = replicate.creates()
         seed = create.input.pop("seed")
         assert isinstance(seed, int)
-        assert create.input == {"prompt": "a lighthouse", "width": 96, "guidance_scale": 3.5}
+        given = {"prompt": "a lighthouse", "width": 96, "guidance_scale": 3.5}
+        assert create.input == given | {"output_format": "png"}
+
+    async def test_a_clients_output_format_is_kept(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        await parts.run(await parts.add(output_format="webp"))
+        assert replicate.creates()[0].input["output_format"] == "webp"
+
+    async def test_who_stores_the_original_format_asks_for_none(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        parts.lifecycle._policy = replace(parts.lifecycle._policy, ask_for_png=False)
+        await parts.run(await parts.add())
+        assert "output_format" not in replicate.creates()[0].input
 
     async def test_a_clients_seed_is_kept(self, parts: Parts, replicate: ReplicateServer) -> None:
         await parts.run(await parts.add(seed=7))

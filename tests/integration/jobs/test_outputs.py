@@ -192,7 +192,9 @@ class TestNames:
             (b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00", "video/mp4", "mp4"),
             (b"RIFF\x24\x00\x00\x00WAVEfmt ", "audio/wav", "wav"),
             (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml", "svg"),
-            (b"PK\x03\x04", "application/octet-stream", "bin"),
+            (b"PK\x03\x04", "application/zip", "zip"),
+            (b"glTF\x02\x00", "model/gltf-binary", "glb"),
+            (b"\x01\x02\x03\x04", "application/octet-stream", "bin"),
         ],
     )
     async def test_what_is_no_picture_is_kept_as_it_is(
@@ -280,11 +282,52 @@ class TestPictures:
         row, _ = await kept.one((await provider.create(request)).output)
         assert (row.name, row.width, row.height) == (f"{JOB_ID}.png", 96, 64)
 
+    async def test_one_that_we_make_tells_what_made_it(self, kept: Kept) -> None:
+        words = "ünïcödé 🌅"
+        job, attempt = new_job(), new_attempt({"seed": 7, "words": words, "steps": [1, None]})
+        webp = data_url(encoded(noise(), "WEBP"), "image/webp")
+        await kept.keeper.keep(job, attempt, succeeded(webp), nothing)
+        with Image.open(kept.media / f"{JOB_ID}.png") as picture:
+            assert json.loads(picture.info["parameters"]) == {
+                "prompt": "a lighthouse",
+                "model_name": "acme/painter",
+                "seed": 7,
+                "words": words,
+                "steps": [1, None],
+            }
+
     async def test_keeping_again_gives_the_same(self, kept: Kept) -> None:
         first = await kept.keep([PICTURE_URL, "text"])
         seen = kept.files()
         assert await kept.keep([PICTURE_URL, "text"]) == first
         assert kept.files() == seen
+
+
+class TestOriginalFormat:
+    @pytest.fixture
+    def kept(self, provider: ReplicateProvider, tmp_path: Path) -> Kept:
+        return new_keeper(provider, tmp_path, store_original_format=True)
+
+    @pytest.mark.parametrize(
+        ("pillow_format", "extension"),
+        [("PNG", "png"), ("WEBP", "webp"), ("JPEG", "jpg"), ("GIF", "gif"), ("AVIF", "avif")],
+    )
+    async def test_every_picture_keeps_its_bytes_and_its_name(
+        self, kept: Kept, pillow_format: str, extension: str
+    ) -> None:
+        given = encoded(noise(), pillow_format)
+        row, stored = await kept.one(data_url(given))
+        assert stored == given
+        media_type = f"image/{pillow_format.lower()}"
+        assert (row.name, row.media_type) == (f"{JOB_ID}.{extension}", media_type)
+        assert (row.width, row.height) == (61, 47)
+
+    @pytest.mark.parametrize("pillow_format", ["PNG", "WEBP", "JPEG", "AVIF"])
+    async def test_half_a_picture_is_refused_all_the_same(
+        self, kept: Kept, pillow_format: str
+    ) -> None:
+        error = await kept.refuse(data_url(half(encoded(noise(), pillow_format))))
+        assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
 
 
 class TestMetadata:
@@ -574,6 +617,23 @@ class TestBounds:
             await kept.keep("https://files/x")
         assert closed == [True]
         assert caught.value.code == "output_too_large"
+
+    @pytest.mark.parametrize("beginning", [b"<!DOCTYPE html>", b"no picture, whatever its name"])
+    async def test_a_wrong_type_is_refused_by_its_beginning(
+        self, tmp_path: Path, beginning: bytes
+    ) -> None:
+        sent: list[int] = []
+
+        class Endless(MockProvider):
+            async def download(self, url: str) -> AsyncIterator[bytes]:
+                yield beginning
+                while True:
+                    sent.append(1)
+                    yield bytes(1000)
+
+        kept = new_keeper(Endless(0, 0, 0), tmp_path)
+        assert (await kept.refuse("https://files/x.png")).code == "invalid_output"
+        assert len(sent) == 1
 
     async def test_only_so_many_are_downloaded_at_once(self, tmp_path: Path) -> None:
         running: list[int] = []

@@ -186,6 +186,25 @@ async def test_without_a_usable_schema_nothing_is_checked(schema: Any) -> None:
     assert await faults({"width": "wrong"}, schema) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        ("seed", None, True),
+        ("scheduler", None, True),
+        ("scheduler", "DDIM", True),
+        ("scheduler", "webp", False),
+        ("width", 512, True),
+        ("width", 5120, False),
+        ("output_format", None, False),
+        ("output_format", "png", False),
+    ],
+)
+async def test_what_a_model_knows(name: str, value: Any, known: bool) -> None:
+    checker = ParameterChecker(Schemas().fetch)
+    assert await checker.knows("a/b", name, value) is known
+    assert not await ParameterChecker(Schemas(None).fetch).knows("a/b", name, value)
+
+
 class TestBounds:
     """A schema or a value made to be slow costs little; then the provider is the judge."""
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from app.media.picture import BadPicture, make_png
+from app.media.errors import BadPicture
+from app.media.picture import make_png
 
 LIMIT = 1_000_000
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -247,13 +248,17 @@ class TestOurOwnFaults:
     def test_a_full_disk_is_not_a_damaged_picture(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def save(*_: Any, **__: Any) -> None:
+        def write(_picture: Image.Image, file: Any, _parameters: str) -> None:
+            file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        path.write_bytes(encoded(noise(), "JPEG"))
-        monkeypatch.setattr(Image.Image, "save", save)
+        content = encoded(noise(), "JPEG")
+        path.write_bytes(content)
+        monkeypatch.setattr("app.media.picture.write_png", write)
         with pytest.raises(OSError, match="No space left"):
             make_png(path, "image/jpeg", LIMIT)
+        assert path.read_bytes() == content
+        assert list(path.parent.iterdir()) == [path]
 
     def test_a_lack_of_memory_is_not_a_damaged_picture(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -261,11 +266,10 @@ class TestOurOwnFaults:
         def load(_: Any) -> None:
             raise MemoryError
 
-        path.write_bytes(encoded(noise(), "PNG"))
-        monkeypatch.setattr(Image.Image, "load", load)
-        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+        path.write_bytes(encoded(noise(), "JPEG"))
+        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", load)
         with pytest.raises(MemoryError):
-            make_png(path, "image/png", LIMIT)
+            make_png(path, "image/jpeg", LIMIT)
 
     def test_a_missing_file_is_not_a_damaged_picture(self, path: Path) -> None:
         with pytest.raises(FileNotFoundError):

@@ -39,7 +39,16 @@ def test_pictures_as_pillow_writes_them(pillow_format: str, media_type: str) -> 
         (b"RIFF\x24\x00\x00\x00AVI LIST", "application/octet-stream"),
         (b"OggS\x00\x02", "audio/ogg"),
         (b"fLaC\x00\x00", "audio/flac"),
-        (b"PK\x03\x04", "application/octet-stream"),
+        (b"\xff\xf3\x40\xc0", "audio/mpeg"),
+        (b"\xff\xf1\x50\x80", "audio/aac"),
+        (b"\x00\x00\x00\x14ftypqt  ", "video/quicktime"),
+        (b"\x00\x00\x00\x1cftypM4A ", "audio/mp4"),
+        (b"\x00\x00\x00\x18ftypheic", "image/heic"),
+        (b"II*\x00\x08\x00", "image/tiff"),
+        (b"MM\x00*\x00\x00", "image/tiff"),
+        (b"glTF\x02\x00\x00\x00", "model/gltf-binary"),
+        (b"%PDF-1.7", "application/pdf"),
+        (b"PK\x03\x04", "application/zip"),
         (b"plain words", "application/octet-stream"),
         (b"", "application/octet-stream"),
     ],
@@ -85,5 +94,6 @@ def test_a_beginning_that_is_too_short_tells_nothing_wrong(length: int) -> None:
 
 def test_every_type_has_an_extension_of_its_own() -> None:
     assert len(set(sniff.EXTENSIONS.values())) == len(sniff.EXTENSIONS)
-    found = {found for _, found in sniff._MAGIC} | set(sniff._RIFF.values())
+    tables = (sniff._RIFF, sniff._BRANDS)
+    found = {found for _, found in sniff._MAGIC} | {kind for t in tables for kind in t.values()}
     assert (found | sniff.PICTURES) <= sniff.EXTENSIONS.keys()
