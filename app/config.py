@@ -4,6 +4,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -42,9 +43,15 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _s3_url(value: str) -> str:
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9._/-]*)?", value):
-        raise ValueError("must be s3://bucket or s3://bucket/prefix; for a folder set STORAGE_PATH")
+def _storage_url(value: str) -> str:
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9._/-]*)?|file:///[^?#]+", value):
+        raise ValueError("must be s3://bucket, s3://bucket/prefix or file:///folder")
+    return value
+
+
+def _url_path(value: str) -> str:
+    if not re.fullmatch(r"/[A-Za-z0-9._/-]*[A-Za-z0-9._-]", value):
+        raise ValueError("must be a path that begins with / and does not end with it")
     return value
 
 
@@ -56,7 +63,8 @@ def _origin(value: str) -> str:
 
 PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
-S3Url = Annotated[str, AfterValidator(_s3_url)]
+StorageUrl = Annotated[str, AfterValidator(_storage_url)]
+UrlPath = Annotated[str, AfterValidator(_url_path)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 HttpOrigin = Annotated[HttpUrl, AfterValidator(_origin)]
 LogLevel = Annotated[
@@ -91,12 +99,18 @@ class Settings(BaseSettings):
 
     storage_path: Path = Path("./storage/media")
     metadata_path: Path | None = None
-    storage_url: S3Url | None = None
+    storage_url: StorageUrl | None = None
     aws_endpoint_url: HttpUrl | None = None
+    aws_public_endpoint_url: HttpUrl | None = None
     aws_region: str = "us-east-1"
     aws_access_key_id: str | None = None
     aws_secret_access_key: SecretStr | None = None
+    s3_serve: Literal["redirect", "stream"] = "redirect"
+    presigned_url_seconds: int = Field(3600, ge=1, le=604_800)
+    x_accel_prefix: UrlPath | None = None
     storage_base_url: HttpUrl = "http://localhost:8000/media"
+    media_retention_days: int | None = Field(None, ge=1, le=36_500)
+    metadata_retention_days: int | None = Field(None, ge=1, le=36_500)
     max_output_bytes: int = Field(100 << 20, ge=1024)
     max_output_pixels: int = Field(50_000_000, ge=1)
     download_concurrency: int = Field(8, ge=1, le=64)
@@ -160,9 +174,28 @@ class Settings(BaseSettings):
         return self.celery_broker_url or self.redis_url
 
     @property
+    def is_storage_local(self) -> bool:
+        """True when files are kept in folders, whichever setting names them."""
+        return self.storage_url is None or self.storage_url.startswith("file:")
+
+    @property
+    def media_directory(self) -> Path:
+        """The folder `media` below a `file://` `STORAGE_URL`, or else `STORAGE_PATH`."""
+        folder = self._storage_folder
+        return folder / "media" if folder else self.storage_path
+
+    @property
     def metadata_directory(self) -> Path:
-        """`METADATA_PATH`, or else the folder `metadata` beside `STORAGE_PATH`."""
-        return self.metadata_path or self.storage_path.parent / "metadata"
+        """The folder `metadata` below a `file://` `STORAGE_URL`; or else `METADATA_PATH`, or
+        else `metadata` beside `STORAGE_PATH`."""
+        folder = self._storage_folder or self.storage_path.parent
+        return (not self._storage_folder and self.metadata_path) or folder / "metadata"
+
+    @property
+    def _storage_folder(self) -> Path | None:
+        if self.storage_url is None or not self.is_storage_local:
+            return None
+        return Path(unquote(urlsplit(self.storage_url).path))
 
     @property
     def cors_origin_list(self) -> list[str]:

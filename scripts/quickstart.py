@@ -273,7 +273,7 @@ def _show_lines(job: Job, look: Callable[[Job], Job]) -> Job:
 
 def _report(job: Job, settings: Settings, running: Running) -> None:
     if job.get("status") == "completed":
-        picture = settings.storage_path.resolve() / f"{job['id']}.png"
+        picture = settings.media_directory.resolve() / f"{job['id']}.png"
         console.print(f"Picture   {picture}")
         console.print(f"Metadata  {settings.metadata_directory.resolve() / job['id']}.json")
     else:

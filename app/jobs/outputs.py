@@ -91,7 +91,7 @@ class OutputKeeper:
         try:
             output = await self._make(job_id, index, value, path, decoding)
             await checkpoint()
-            await self._storage.put(media_key(output.name), path)
+            await self._storage.put(media_key(output.name), path, checkpoint)
         finally:
             await asyncio.to_thread(_forget, path)
         return output
@@ -173,7 +173,7 @@ class OutputKeeper:
         try:
             await asyncio.to_thread(_write, path, text)
             await checkpoint()
-            await self._storage.put(metadata_key(job_id), path)
+            await self._storage.put(metadata_key(job_id), path, checkpoint)
         finally:
             await asyncio.to_thread(_forget, path)
 

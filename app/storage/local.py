@@ -1,40 +1,64 @@
-"""Storage in two local folders: the media and, beside it, the metadata."""
+"""Storage in local folders: the media with their thumbnails and, beside them, the metadata.
+
+Not obstore's local store: it renames without flushing first, so that a power cut may leave an
+empty file behind a row that says `completed`.
+"""
 
 import asyncio
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
-from app.storage.base import checked_key, remove_old
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, remove_old
 
 CHUNK_BYTES = 1 << 20
+# Names that one hop to a thread brings.
+LISTED_AT_ONCE = 1000
+# What file systems without hard links say to `link`.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+
+# Gives the first file the second's name.
+Placing = Callable[[Path, Path], None]
 
 
 class LocalStorage:
-    """Files appear whole or not at all: written beside, flushed to disk, renamed into place."""
+    """Files appear whole or not at all: written beside, flushed to disk, moved into place."""
 
     def __init__(self, media: Path, metadata: Path) -> None:
         """Use (and make) the two folders.
 
         Raises: StorageError when they cannot be made.
         """
-        self._folders = {"media": media.resolve(), "metadata": metadata.resolve()}
-        # Inside the media folder, so that the rename never crosses file systems.
-        self.workspace = self._folders["media"] / ".incoming"
+        media = media.resolve()
+        # Inside the media folder, which is there and may be the only one on its file system:
+        # so no move out of the workspace crosses to another.
+        self.workspace = media / ".incoming"
+        self._folders = {
+            "media": media,
+            "metadata": metadata.resolve(),
+            "thumbnails": media / ".thumbnails",
+        }
         try:
             for folder in (*self._folders.values(), self.workspace):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the storage folders: {error.strerror}") from error
 
-    async def put(self, key: str, path: Path) -> None:
-        """See `Storage.put`. The rename is the moment the file exists."""
+    async def put(self, key: str, path: Path, still_ours: Checkpoint | None = None) -> None:
+        """See `Storage.put`. The move into place is the moment the file exists."""
+        target = self._path(key)
         try:
-            await asyncio.to_thread(_move_durably, path, self._path(key))
+            try:
+                await asyncio.to_thread(_move_durably, path, target)
+            except FileExistsError:
+                await _put_over(path, target, still_ours)
         except OSError as error:
             raise StorageError(f"cannot store {key}: {error.strerror}") from error
 
@@ -70,6 +94,26 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot read {key}: {error.strerror}") from error
 
+    async def names(self, folder: str) -> AsyncIterator[StoredFile]:
+        """See `Storage.names`."""
+        try:
+            with await asyncio.to_thread(os.scandir, self._folders[checked_folder(folder)]) as all_:
+                while entries := await asyncio.to_thread(lambda: [*islice(all_, LISTED_AT_ONCE)]):
+                    for file in await asyncio.to_thread(_described, entries):
+                        yield file
+        except OSError as error:
+            raise StorageError(f"cannot list {folder}: {error.strerror}") from error
+
+    async def delete(self, key: str) -> None:
+        """See `Storage.delete`. Flushed, so that no power cut brings the file back."""
+        try:
+            await asyncio.to_thread(_delete_durably, self._path(key))
+        except OSError as error:
+            raise StorageError(f"cannot delete {key}: {error.strerror}") from error
+
+    async def url(self, key: str, seconds: int) -> None:  # noqa: ARG002 - never any
+        """See `Storage.url`: the API serves the files itself."""
+
     async def clean(self, older_than_seconds: float) -> int:
         """See `Storage.clean`."""
         try:
@@ -95,28 +139,72 @@ class LocalStorage:
         return self._folders[folder] / name
 
 
+async def _put_over(source: Path, target: Path, still_ours: Checkpoint | None) -> None:
+    """Store `source` where a file is already: nothing to do, or a replacement of our own."""
+    if await asyncio.to_thread(_same_content, source, target):
+        # Whoever wrote it may have died before the folder was flushed.
+        await asyncio.to_thread(_fsync, target.parent)
+        await asyncio.to_thread(source.unlink)
+        return
+    if still_ours is not None:
+        await still_ours()
+    await asyncio.to_thread(_replace_durably, source, target)
+
+
 def _move_durably(source: Path, target: Path) -> None:
-    """Rename only what is on the disk, then flush the folder: a power cut cannot tear it."""
+    """Move only what is on the disk, then flush the folder: a power cut cannot tear it.
+
+    Raises: FileExistsError - it never replaces a file.
+    """
+    _place_durably(source, target, _create)
+
+
+def _replace_durably(source: Path, target: Path) -> None:
+    _place_durably(source, target, os.replace)
+
+
+def _place_durably(source: Path, target: Path, place: Placing) -> None:
     _fsync(source)
     try:
-        source.replace(target)
+        place(source, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy_durably(source, target)
+        _copy_durably(source, target, place)
     _fsync(target.parent)
 
 
-def _copy_durably(source: Path, target: Path) -> None:
-    """Move to another file system, where the metadata may lie: no rename leads there."""
+def _create(source: Path, target: Path) -> None:
+    try:
+        # Unlike a rename it fails when there is a file, and no other writer comes in between.
+        os.link(source, target)
+        source.unlink()
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        source.replace(target)
+
+
+def _copy_durably(source: Path, target: Path, place: Placing) -> None:
+    """Move to another file system, where the metadata may lie: nothing but a copy leads there."""
     beside = target.with_name(f".{uuid4().hex}")
     try:
         shutil.copyfile(source, beside)
         _fsync(beside)
-        beside.replace(target)
+        place(beside, target)
     finally:
         beside.unlink(missing_ok=True)
     source.unlink()
+
+
+def _delete_durably(path: Path) -> None:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    _fsync(path.parent)
 
 
 def _fsync(path: Path) -> None:
@@ -125,6 +213,31 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    digests = []
+    for path in (one, other):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+    return digests[0] == digests[1]
+
+
+def _described(entries: list["os.DirEntry[str]"]) -> list[StoredFile]:
+    """Leave out folders, what is hidden, and what has gone since it was listed."""
+    files = []
+    for entry in entries:
+        try:
+            if entry.name.startswith(".") or not entry.is_file():
+                continue
+            found = entry.stat()
+        except FileNotFoundError:
+            continue
+        modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
+        files.append(StoredFile(entry.name, found.st_size, modified_at))
+    return files
 
 
 def _probe(folder: Path) -> None:

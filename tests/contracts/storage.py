@@ -14,18 +14,29 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.errors import StorageError
-from app.storage.base import Storage, media_key, metadata_key
+from app.errors import LeaseLost, StorageError
+from app.storage.base import (
+    Checkpoint,
+    Storage,
+    StoredFile,
+    media_key,
+    metadata_key,
+    thumbnail_key,
+)
 
 KEY = media_key("picture.png")
 # More than any adapter moves at once, and not a multiple of anything.
 LARGE = hashlib.shake_256(b"large").digest((3 << 20) + 17)
+# Goes to S3 in parts.
+HUGE = hashlib.shake_256(b"huge").digest((20 << 20) + 17)
 
 
 class StorageContract:
     """Derive it, and give the fixture `storage`: an empty one for each test."""
 
-    @pytest.mark.parametrize("key", [KEY, metadata_key(UUID(int=7))])
+    @pytest.mark.parametrize(
+        "key", [KEY, metadata_key(UUID(int=7)), thumbnail_key("picture.png", 256)]
+    )
     async def test_what_is_put_can_be_read(self, storage: Storage, key: str) -> None:
         await put(storage, key, b"\x89PNG\x00content")
         assert await read(storage, key) == b"\x89PNG\x00content"
@@ -53,6 +64,77 @@ class StorageContract:
         await put(storage, KEY, b"second")
         assert await read(storage, KEY) == b"second"
         assert await storage.size(KEY) == 6
+
+    @pytest.mark.parametrize("content", [b"content", LARGE, HUGE], ids=["small", "large", "huge"])
+    async def test_the_same_bytes_again_are_already_stored(
+        self, storage: Storage, content: bytes
+    ) -> None:
+        asked = Owner()
+        await put(storage, KEY, content, asked)
+        await put(storage, KEY, content, asked)
+        assert asked.times == 0
+        assert await read(storage, KEY) == content
+        assert list(storage.workspace.iterdir()) == []
+
+    @pytest.mark.parametrize("content", [b"other..", HUGE[::-1]], ids=["small", "huge"])
+    async def test_other_bytes_replace_the_file_of_a_job_still_owned(
+        self, storage: Storage, content: bytes
+    ) -> None:
+        asked = Owner()
+        await put(storage, KEY, b"content" if len(content) == 7 else HUGE, asked)
+        await put(storage, KEY, content, asked)
+        assert asked.times == 1
+        assert await read(storage, KEY) == content
+
+    @pytest.mark.parametrize("content", [b"zombie!", b"longer than it", HUGE])
+    async def test_who_has_lost_the_job_replaces_nothing(
+        self, storage: Storage, content: bytes
+    ) -> None:
+        await put(storage, KEY, b"content")
+        with pytest.raises(LeaseLost):
+            await put(storage, KEY, content, Owner(lost=True))
+        assert await read(storage, KEY) == b"content"
+
+    async def test_of_many_first_writers_all_but_one_are_asked(self, storage: Storage) -> None:
+        owners = [Owner() for _ in range(8)]
+        contents = [b"%d" % number for number in range(8)]
+        writes = zip(contents, owners, strict=True)
+        await asyncio.gather(*(put(storage, KEY, content, owner) for content, owner in writes))
+        assert sum(owner.times == 0 for owner in owners) == 1
+        assert await read(storage, KEY) in contents
+
+    async def test_a_deleted_file_is_gone_and_may_come_again(self, storage: Storage) -> None:
+        await put(storage, KEY, b"content")
+        await put(storage, "media/other.png", b"other")
+        await storage.delete(KEY)
+        await storage.delete(KEY)
+        assert await storage.size(KEY) is None
+        assert await read(storage, "media/other.png") == b"other"
+        await put(storage, KEY, b"again", Owner(lost=True))
+        assert await read(storage, KEY) == b"again"
+
+    async def test_a_folder_is_listed_without_the_others(self, storage: Storage) -> None:
+        names = {f"{number}.png" for number in range(30)}
+        await storage.check()
+        await asyncio.gather(*(put(storage, media_key(name), name.encode()) for name in names))
+        await put(storage, metadata_key(UUID(int=7)), b"{}")
+        await put(storage, thumbnail_key("0.png", 256), b"webp")
+        assert {file.name for file in await listed(storage, "media")} == names
+        assert {file.size_bytes for file in await listed(storage, "media")} == {5, 6}
+        assert [file.name for file in await listed(storage, "metadata")] == [f"{UUID(int=7)}.json"]
+        [thumbnail] = await listed(storage, "thumbnails")
+        assert thumbnail.name == "0.png.256.webp"
+        assert abs(thumbnail.modified_at.timestamp() - time.time()) < 60
+
+    async def test_an_empty_folder_lists_nothing(self, storage: Storage) -> None:
+        await storage.check()
+        for folder in ("media", "metadata", "thumbnails"):
+            assert await listed(storage, folder) == []
+
+    async def test_no_other_folder_can_be_listed(self, storage: Storage) -> None:
+        for folder in ("", ".", "..", "media/..", ".incoming", "other"):
+            with pytest.raises(StorageError):
+                await listed(storage, folder)
 
     async def test_an_empty_file_is_a_file(self, storage: Storage) -> None:
         await put(storage, KEY, b"")
@@ -126,6 +208,8 @@ class StorageContract:
             await storage.size(key)
         with pytest.raises(StorageError):
             await read(storage, key)
+        with pytest.raises(StorageError):
+            await storage.delete(key)
 
     async def test_a_put_without_its_file_is_an_error_and_changes_nothing(
         self, storage: Storage
@@ -171,11 +255,31 @@ class StorageContract:
         assert await read(storage, metadata_key(UUID(int=7))) == b"metadata"
 
 
-async def put(storage: Storage, key: str, content: bytes) -> None:
+class Owner:
+    """Who is asked before a file is replaced, and counts it."""
+
+    def __init__(self, *, lost: bool = False) -> None:
+        self.times = 0
+        self._lost = lost
+
+    async def __call__(self) -> None:
+        self.times += 1
+        if self._lost:
+            raise LeaseLost
+
+
+async def put(
+    storage: Storage, key: str, content: bytes, still_ours: Checkpoint | None = None
+) -> None:
     """Store `content` the way the service does: a file in the workspace, then `put`."""
     path = storage.workspace / uuid4().hex
     path.write_bytes(content)
-    await storage.put(key, path)
+    await storage.put(key, path, still_ours)
+
+
+async def listed(storage: Storage, folder: str) -> list[StoredFile]:
+    """List a folder whole."""
+    return [file async for file in storage.names(folder)]
 
 
 async def read(storage: Storage, key: str, start: int = 0, length: int | None = None) -> bytes:

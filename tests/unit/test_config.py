@@ -49,6 +49,7 @@ FREE = {
 POSTGRES = "must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name"
 REDIS = "must be a Redis or Valkey URL: redis://host:6379/0"
 HTTP = "must be an http:// or https:// URL"
+STORAGE = "must be s3://bucket, s3://bucket/prefix or file:///folder"
 POSITIVE = "greater than 0"
 DAY = "less than or equal to 86400"
 WRONG = [
@@ -70,8 +71,20 @@ WRONG = [
     ("MAX_OUTPUT_BYTES", "1023", "greater than or equal to 1024"),
     ("MAX_OUTPUT_PIXELS", "0", "greater than or equal to 1"),
     ("DOWNLOAD_CONCURRENCY", "65", "less than or equal to 64"),
-    ("STORAGE_URL", "file:///srv/media", "must be s3://bucket or s3://bucket/prefix"),
+    ("STORAGE_URL", "gs://bucket", STORAGE),
+    ("STORAGE_URL", "file://srv/media", STORAGE),
+    ("STORAGE_URL", "file:srv", STORAGE),
+    ("STORAGE_URL", "file:///", STORAGE),
+    ("STORAGE_URL", "/srv/media", STORAGE),
     ("AWS_ENDPOINT_URL", "localhost:8333", HTTP),
+    ("AWS_PUBLIC_ENDPOINT_URL", "localhost:8333", HTTP),
+    ("S3_SERVE", "proxy", "'redirect' or 'stream'"),
+    ("PRESIGNED_URL_SECONDS", "0", "greater than or equal to 1"),
+    ("PRESIGNED_URL_SECONDS", "604801", "less than or equal to 604800"),
+    ("X_ACCEL_PREFIX", "internal-media", "must be a path that begins with /"),
+    ("X_ACCEL_PREFIX", "/internal-media/", "must be a path that begins with /"),
+    ("MEDIA_RETENTION_DAYS", "0", "greater than or equal to 1"),
+    ("METADATA_RETENTION_DAYS", "36501", "less than or equal to 36500"),
     ("REPLICATE_BASE_URL", "api.replicate.com?token=s3cret", HTTP),
     ("REPLICATE_BASE_URL", "https://api.replicate.com/v1", "must be an origin without a path"),
     ("REPLICATE_TIMEOUT_SECONDS", "0", POSITIVE),
@@ -299,6 +312,21 @@ class TestValues:
             "/data/metadata"
         )
         assert named.metadata_directory == Path("/other")
+
+    def test_a_storage_url_of_a_folder_replaces_both_paths(self) -> None:
+        settings = Settings(
+            storage_url="file:///srv/our%20files",
+            storage_path=Path("/data/media"),
+            metadata_path=Path("/other"),
+        )
+
+        assert settings.media_directory == Path("/srv/our files/media")
+        assert settings.metadata_directory == Path("/srv/our files/metadata")
+
+    def test_only_a_bucket_is_not_local(self) -> None:
+        assert Settings().is_storage_local
+        assert Settings(storage_url="file:///srv").is_storage_local
+        assert not Settings(storage_url="s3://bucket").is_storage_local
 
     def test_base_urls_end_without_a_slash(self) -> None:
         settings = Settings(storage_base_url="https://cdn.example/media/")

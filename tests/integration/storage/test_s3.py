@@ -1,23 +1,34 @@
 """Storage in a bucket: the contract on a real S3 server, and what the network may do to it."""
 
+import asyncio
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from app.errors import StorageError
+from app.storage import s3
 from app.storage.base import Storage
 from app.storage.s3 import S3Storage
-from tests.contracts.storage import KEY, StorageContract, put, read
+from tests.contracts.storage import HUGE, KEY, StorageContract, put, read
+
+DIRECT: dict[str, Any] = {"trust_env": False}
 
 
-def bucket(endpoint_url: str, workspace: Path, *, secret: str = "test-secret") -> S3Storage:
+def bucket(
+    endpoint_url: str, workspace: Path, *, secret: str = "test-secret", public: str | None = None
+) -> S3Storage:
     return S3Storage(
         f"s3://media/{uuid4().hex}",
         workspace,
         endpoint_url=endpoint_url,
+        public_endpoint_url=public,
         region="us-east-1",
         access_key_id="test-key",
         secret_access_key=secret,
@@ -28,6 +39,57 @@ class TestContract(StorageContract):
     @pytest.fixture
     def storage(self, s3_url: str, tmp_path: Path) -> Storage:
         return bucket(s3_url, tmp_path / "workspace")
+
+
+class TestAddresses:
+    @pytest.fixture
+    def storage(self, s3_url: str, tmp_path: Path) -> S3Storage:
+        return bucket(s3_url, tmp_path)
+
+    async def test_anybody_may_get_the_file_there(self, storage: S3Storage) -> None:
+        await put(storage, KEY, b"0123456789")
+        reply = httpx.get(await storage.url(KEY, 60), headers={"Range": "bytes=2-4"}, **DIRECT)
+        assert (reply.status_code, reply.content) == (206, b"234")
+        assert reply.headers["content-type"] == "image/png"
+        assert reply.headers["content-disposition"] == 'attachment; filename="picture.png"'
+        assert reply.headers["cache-control"] == "public, max-age=31536000, immutable"
+
+    async def test_nobody_may_change_it_there(self, storage: S3Storage) -> None:
+        await put(storage, KEY, b"content")
+        url = await storage.url(KEY, 60)
+        assert httpx.put(url, content=b"other", **DIRECT).status_code == 403
+        assert httpx.delete(url, **DIRECT).status_code == 403
+        assert await read(storage, KEY) == b"content"
+
+    async def test_it_ends(self, storage: S3Storage) -> None:
+        await put(storage, KEY, b"content")
+        url = await storage.url(KEY, 1)
+        time.sleep(2.1)  # the server knows whole seconds
+        assert httpx.get(url, **DIRECT).status_code == 403
+
+    async def test_it_is_good_for_one_file_only(self, storage: S3Storage) -> None:
+        await put(storage, "media/other.png", b"content")
+        url = (await storage.url(KEY, 60)).replace("picture.png", "other.png")
+        assert httpx.get(url, **DIRECT).status_code == 403
+
+    async def test_it_is_signed_for_the_host_that_clients_see(
+        self, s3_url: str, tmp_path: Path
+    ) -> None:
+        public = s3_url.replace("127.0.0.1", "localhost")
+        storage = bucket(s3_url, tmp_path, public=public)
+        await put(storage, KEY, b"content")
+        url = await storage.url(KEY, 60)
+        assert url.startswith(f"{public}/media/")
+        assert "test-secret" not in url
+        assert httpx.get(url, **DIRECT).content == b"content"
+        assert httpx.get(url.replace("localhost", "127.0.0.1"), **DIRECT).status_code == 403
+
+    async def test_a_large_file_has_them_too(self, storage: S3Storage) -> None:
+        await put(storage, "media/film.mp4", HUGE)
+        reply = httpx.get(await storage.url("media/film.mp4", 60), **DIRECT)
+        assert reply.content == HUGE
+        assert reply.headers["content-type"] == "video/mp4"
+        assert "-" in reply.headers["etag"]  # how S3 marks what came in parts
 
 
 class TestFailures:
@@ -53,7 +115,55 @@ class TestFailures:
                 await storage.size(KEY)
             assert time.monotonic() - started < 20
 
+    async def test_a_bucket_that_never_answers_is_one_in_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3, "SILENCE_SECONDS", 0.1)
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # it connects, and that is all
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            await self._fails_within(10, bucket(url, tmp_path))
+
+    async def test_a_bucket_that_refuses_for_its_load_is_one_in_time(
+        self, tmp_path: Path
+    ) -> None:
+        async with answering(SLOW_DOWN) as url:
+            await self._fails_within(20, bucket(url, tmp_path))
+
+    async def _fails_within(self, seconds: float, storage: S3Storage) -> None:
+        started = time.monotonic()
+        await self._assert_fails(storage)
+        assert time.monotonic() - started < seconds
+
+    async def test_a_bucket_that_comes_back_takes_the_file(
+        self, s3_url: str, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "new"
+        path.write_bytes(b"content")
+        async with answering(SLOW_DOWN) as url:
+            with pytest.raises(StorageError):
+                await bucket(url, tmp_path).put(KEY, path)
+        back = bucket(s3_url, tmp_path)
+        await back.put(KEY, path)
+        assert await read(back, KEY) == b"content"
+
     async def test_two_prefixes_do_not_see_each_other(self, s3_url: str, tmp_path: Path) -> None:
         ours, theirs = bucket(s3_url, tmp_path / "a"), bucket(s3_url, tmp_path / "b")
         await put(ours, KEY, b"content")
         assert await theirs.size(KEY) is None
+
+
+SLOW_DOWN = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+@asynccontextmanager
+async def answering(reply: bytes) -> AsyncIterator[str]:
+    """A server that gives this answer to everything."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(reply)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

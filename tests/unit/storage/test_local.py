@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import StorageError
+from app.errors import LeaseLost, StorageError
 from app.storage.base import Storage
 from app.storage.local import LocalStorage
-from tests.contracts.storage import KEY, StorageContract, put, read
+from tests.contracts.storage import KEY, Owner, StorageContract, listed, put, read
 
 METADATA_KEY = "metadata/picture.json"
 
@@ -118,6 +118,56 @@ class TestDurability:
         assert await read(storage, METADATA_KEY) == b"second"
         assert [path.name for path in (small_disk / "metadata").iterdir()] == ["picture.json"]
         assert list(storage.workspace.iterdir()) == []
+
+
+class TestWithoutHardLinks:
+    """As on FAT, and some network file systems."""
+
+    @pytest.fixture(autouse=True)
+    def no_links(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def link(source: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+
+    async def test_files_are_stored_all_the_same(self, storage: LocalStorage) -> None:
+        await put(storage, KEY, b"content")
+        assert await read(storage, KEY) == b"content"
+        assert list(storage.workspace.iterdir()) == []
+
+    async def test_who_has_lost_the_job_replaces_nothing(self, storage: LocalStorage) -> None:
+        await put(storage, KEY, b"content")
+        with pytest.raises(LeaseLost):
+            await put(storage, KEY, b"zombie", Owner(lost=True))
+        assert await read(storage, KEY) == b"content"
+
+
+class TestAddresses:
+    async def test_there_are_none(self, storage: Storage) -> None:
+        await put(storage, KEY, b"content")
+        assert await storage.url(KEY, 60) is None
+
+
+class TestListing:
+    async def test_what_is_no_file_of_ours_is_left_out(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        await put(storage, KEY, b"content")
+        (tmp_path / "media" / ".hidden").write_bytes(b"")
+        (tmp_path / "media" / "folder").mkdir()
+        assert [file.name for file in await listed(storage, "media")] == ["picture.png"]
+
+    async def test_more_names_than_one_look_brings(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        for number in range(2500):
+            (tmp_path / "media" / f"{number}.png").touch()
+        assert len({file.name for file in await listed(storage, "media")}) == 2500
+
+    async def test_a_lost_folder_is_an_error(self, storage: LocalStorage, tmp_path: Path) -> None:
+        shutil.rmtree(tmp_path / "metadata")
+        with pytest.raises(StorageError, match="cannot list metadata"):
+            await listed(storage, "metadata")
 
 
 class TestClean:
