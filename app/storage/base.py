@@ -57,6 +57,13 @@ class Storage(Protocol):
         """
         ...
 
+    async def load(self, key: str, start: int, length: int) -> bytes | memoryview:
+        """Return a small part at once: what `read` streams.
+
+        Raises: FileNotFoundError when there is no such key; StorageError.
+        """
+        ...
+
     def names(self, folder: str) -> AsyncIterator[StoredFile]:
         """List a folder (`media`, `metadata`, `thumbnails`) in no order, hidden files left out.
 
