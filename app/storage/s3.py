@@ -111,6 +111,10 @@ class S3Storage:
                 return  # nor one that begins at the end
             raise StorageError(f"cannot read {key}: {type(error).__name__}") from error
 
+    async def load(self, key: str, start: int, length: int) -> bytes:
+        """See `Storage.load`."""
+        return b"".join([chunk async for chunk in self.read(key, start, length)])
+
     async def names(self, folder: str) -> AsyncIterator[StoredFile]:
         """See `Storage.names`."""
         prefix = f"{checked_folder(folder)}/"
