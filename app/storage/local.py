@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
-from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, remove_old
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
 
 CHUNK_BYTES = 1 << 20
 # Names that one hop to a thread brings.
@@ -126,10 +126,17 @@ class LocalStorage:
     async def url(self, key: str, seconds: int) -> None:  # noqa: ARG002 - never any
         """See `Storage.url`: the API serves the files itself."""
 
+    async def leftovers(self, older_than_seconds: float) -> list[Path]:
+        """See `Storage.leftovers`."""
+        try:
+            return await asyncio.to_thread(self._leftovers, older_than_seconds)
+        except OSError as error:
+            raise StorageError(f"cannot read the workspace: {error.strerror}") from error
+
     async def clean(self, older_than_seconds: float) -> int:
         """See `Storage.clean`."""
         try:
-            return await asyncio.to_thread(self._remove_old, older_than_seconds)
+            return await asyncio.to_thread(remove, await self.leftovers(older_than_seconds))
         except OSError as error:
             raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
 
@@ -141,10 +148,10 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
-    def _remove_old(self, older_than_seconds: float) -> int:
+    def _leftovers(self, older_than_seconds: float) -> list[Path]:
         # The metadata folder holds leftovers too, all of them hidden: see `_copy_durably`.
         hidden = self._folders["metadata"].glob(".*")
-        return remove_old([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
+        return old_files([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
 
     def _path(self, key: str) -> Path:
         folder, name = checked_key(key)
