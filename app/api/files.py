@@ -141,6 +141,8 @@ async def answer(request: Request, file: KnownFile) -> Response:
     output, headers = file.output, {"Content-Type": file.output.media_type, **file.headers}
     if condition := _precondition(request.headers, headers):
         return condition
+    # Refused here (416) whoever sends the file; RFC 9110 knows ranges of GET only.
+    span = _span(request.headers, output, headers["ETag"]) if request.method == "GET" else None
     if app.settings.x_accel_prefix and app.settings.is_storage_local:
         del headers["Accept-Ranges"]  # nginx says so itself, and answers the range
         headers["X-Accel-Redirect"] = f"{app.settings.x_accel_prefix}/{output.name}"
@@ -148,7 +150,9 @@ async def answer(request: Request, file: KnownFile) -> Response:
     if _redirects(request, app.settings):
         seconds = app.settings.presigned_url_seconds
         return _redirect(await app.storage.url(media_key(output.name), seconds), seconds)
-    return await _send(request, app.storage, output, headers)
+    if request.method == "HEAD":
+        return Response(headers={**headers, "Content-Length": str(output.size_bytes)})
+    return await _send(app.storage, output, span, headers)
 
 
 def _redirects(request: Request, settings: Settings) -> bool:
@@ -181,11 +185,8 @@ def _redirect(url: str | None, seconds: int) -> Response:
 
 
 async def _send(
-    request: Request, storage: Storage, output: Output, headers: dict[str, str]
+    storage: Storage, output: Output, span: tuple[int, int] | None, headers: dict[str, str]
 ) -> Response:
-    if request.method == "HEAD":
-        return Response(headers={**headers, "Content-Length": str(output.size_bytes)})
-    span = _span(request.headers, output, headers["ETag"])
     if span is None:
         return await _file(storage, output, 0, output.size_bytes, 200, headers)
     start, length = span

@@ -179,6 +179,14 @@ class TestInABucket:
                 found = await anybody.get(address, headers={"Range": "bytes=1-3"})
             assert (found.status_code, found.content) == (206, DATA[1:4])
 
+    async def test_a_range_outside_the_file_is_refused_here(
+        self, client: httpx2.AsyncClient, jobs: Jobs
+    ) -> None:
+        url = f"/media/{(await jobs.completed(DATA)).id}.png"
+        response = await client.get(url, headers={"Range": "bytes=99999-"})
+        problem_of(response, 416)
+        assert response.headers["content-range"] == f"bytes */{len(DATA)}"
+
     async def test_a_good_copy_is_not_fetched_again(
         self, client: httpx2.AsyncClient, jobs: Jobs
     ) -> None:
