@@ -5,6 +5,7 @@ AppError                       safe to show: `detail` is written for the client
   JobNotFound             404
   JobNotReady             409  no file or document yet
   JobAlreadyFinished      409  a terminal job cannot be cancelled
+  FileDeleted             410  the file was kept for its time, and then deleted
   ServiceUnavailable      503  the database is away; nothing was changed
 ProviderError                  what a prediction service did, classified once at the adapter's edge
 StorageError                   the disk or the object store failed; always worth another try
@@ -69,6 +70,13 @@ class JobAlreadyFinished(AppError):
 
     status_code = 409
     title = "Conflict"
+
+
+class FileDeleted(AppError):
+    """The file was kept for as long as the settings say, and then deleted."""
+
+    status_code = 410
+    title = "Gone"
 
 
 class ServiceUnavailable(AppError):

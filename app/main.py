@@ -13,6 +13,7 @@ from app.api import files, generate, jobs, system, webhooks
 from app.api.deps import Ring, open_services
 from app.api.middleware import AnswersInTime, ClearStart, JsonBodies, RequestContext
 from app.api.problems import UnexpectedErrors, describe_problems, install_problem_handlers
+from app.api.recent import AnswerRecent
 from app.config import Settings, get_settings
 from app.logging import configure_logging
 from app.providers import create_provider
@@ -88,6 +89,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
     )
     return [
         Middleware(ClearStart),
+        Middleware(AnswerRecent, answer=files.answer),
         Middleware(RequestContext),
         *([cors] if settings.cors_origin_list else []),
         Middleware(UnexpectedErrors),

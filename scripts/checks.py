@@ -85,7 +85,11 @@ def run(
     url: httpx.URL = parser.parse_args(arguments).url
     report = Report()
     # A proxy of the environment cannot reach this machine's loopback address.
-    with httpx.Client(base_url=url, timeout=30, trust_env=url.host not in LOOPBACK) as client:
+    # Files in a bucket are fetched there, so redirects are followed.
+    trusting = url.host not in LOOPBACK
+    with httpx.Client(
+        base_url=url, timeout=30, trust_env=trusting, follow_redirects=True
+    ) as client:
         try:
             client.get("/health")
         except httpx.HTTPError as error:

@@ -42,7 +42,9 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 def database(postgres: Postgres) -> Postgres:
     """PostgreSQL with empty tables."""
     with psycopg.connect(postgres.sync_url, autocommit=True) as connection:
-        connection.execute("TRUNCATE jobs, attempts, outputs, workers, job_counts CASCADE")
+        connection.execute(
+            "TRUNCATE jobs, attempts, outputs, deletions, workers, job_counts CASCADE"
+        )
     return postgres
 
 

@@ -10,6 +10,13 @@ class RangeNotSatisfiable(Exception):
     """The asked range begins at or after the end of the file, or is empty."""
 
 
+def is_match(header: str | None, etag: str) -> bool:
+    """Tell whether `If-Match` allows the strong `etag`; if not, the answer is 412."""
+    if header is None or header.strip() == "*":
+        return True
+    return any(found[0] == etag for found in _ENTITY_TAG.finditer(header))
+
+
 def none_match(header: str | None, etag: str) -> bool:
     """Tell whether `If-None-Match` names the strong `etag`: the client's copy is good (304)."""
     if header is None:

@@ -11,6 +11,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from app.api.recent import RecentFiles
+from app.api.thumbnails import Thumbnails
 from app.config import Settings
 from app.db import create_engine, create_sessions
 from app.errors import StorageError
@@ -35,6 +37,8 @@ class Services:
     settings: Settings
     repository: JobRepository
     storage: Storage
+    thumbnails: Thumbnails
+    recent: RecentFiles
     parameters: ParameterChecker
     dispatcher: Dispatcher
     redis: Redis
@@ -67,7 +71,17 @@ async def open_services(
     dispatcher = Dispatcher(ring)
     dispatcher.start()
     try:
-        yield Services(settings, repository, storage, parameters, dispatcher, redis, webhooks)
+        yield Services(
+            settings=settings,
+            repository=repository,
+            storage=storage,
+            thumbnails=Thumbnails(storage),
+            recent=RecentFiles(),
+            parameters=parameters,
+            dispatcher=dispatcher,
+            redis=redis,
+            webhooks=webhooks,
+        )
     finally:
         await dispatcher.stop()
         await parameters.aclose()
@@ -80,7 +94,8 @@ def _create_storage(settings: Settings) -> Storage:
     try:
         return create_storage(settings)
     except StorageError as error:
-        raise SystemExit(f"STORAGE_PATH: {error}") from error
+        setting = "STORAGE_URL" if settings.storage_url else "STORAGE_PATH"
+        raise SystemExit(f"{setting}: {error}") from error
 
 
 def _create_redis(url: str) -> Redis:

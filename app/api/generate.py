@@ -53,7 +53,7 @@ async def generate(
     response.headers["Location"] = f"/api/v1/status/{job.id}"
     outputs = await app.repository.outputs([job.id]) if job.status.is_terminal else {}
     base_url = app.settings.storage_base_url
-    return CreatedJobView.of(job, outputs.get(job.id, []), base_url, warnings=warnings)
+    return CreatedJobView.of(job, outputs.get(job.id), base_url, warnings=warnings)
 
 
 async def _add(app: Services, new: NewJob, idempotency_key: str | None) -> Job:

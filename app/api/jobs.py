@@ -12,9 +12,9 @@ from app.api.cursors import decode_cursor, encode_cursor
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.api.schemas import AttemptView, JobsQuery, JobView
-from app.errors import InvalidInput, JobNotFound
+from app.errors import FileDeleted, InvalidInput, JobNotFound
 from app.jobs.cancellation import cancel_job
-from app.jobs.models import Job, JobStatus
+from app.jobs.models import DeletionKind, Job, JobStatus
 from app.storage.base import metadata_key
 
 router = APIRouter(prefix="/api/v1", tags=["jobs"])
@@ -72,7 +72,7 @@ async def list_jobs(
             "description": "The stored document, byte for byte.",
             "content": {"application/json": {"schema": {"type": "object"}}},
         },
-        **problem_responses(404, 422, 503),
+        **problem_responses(404, 410, 422, 503),
     },
 )
 async def metadata(job_id: UUID, app: App) -> Response:
@@ -80,6 +80,8 @@ async def metadata(job_id: UUID, app: App) -> Response:
     try:
         chunks = [chunk async for chunk in app.storage.read(metadata_key(job_id))]
     except FileNotFoundError:
+        if await app.repository.deleted_at(job_id, DeletionKind.METADATA):
+            raise FileDeleted("The metadata was kept for its time, and deleted.") from None
         raise JobNotFound("There is no metadata for this job (yet).") from None
     return Response(b"".join(chunks), media_type="application/json")
 
@@ -111,7 +113,7 @@ async def _views(app: Services, jobs: Sequence[Job]) -> list[JobView]:
     completed = [job.id for job in jobs if job.status is JobStatus.COMPLETED]
     outputs = await app.repository.outputs(completed) if completed else {}
     base_url = app.settings.storage_base_url
-    return [JobView.of(job, outputs.get(job.id, []), base_url) for job in jobs]
+    return [JobView.of(job, outputs.get(job.id), base_url) for job in jobs]
 
 
 def _before(query: JobsQuery) -> tuple[datetime, UUID] | None:

@@ -34,8 +34,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        given_or_new = request_id(scope)
+        scope.setdefault("state", {})["request_id"] = given_or_new
         started_at = time.perf_counter()
         status: int | None = None  # stays None when the client left before an answer
 
@@ -43,18 +43,19 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                header = (b"x-request-id", request_id.encode())
+                header = (b"x-request-id", given_or_new.encode())
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
-        with bound_contextvars(request_id=request_id):
+        with bound_contextvars(request_id=given_or_new):
             try:
                 await self._app(scope, receive, send_with_id)
             finally:
                 _log_request(scope, status, time.perf_counter() - started_at)
 
 
-def _request_id(scope: Scope) -> str:
+def request_id(scope: Scope) -> str:
+    """Return the client's `X-Request-ID`, or a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 

@@ -195,6 +195,8 @@ _DESCRIPTIONS = {
     401: "The signature is missing, wrong or too old, or meant for another address.",
     404: "No such job, or it has no such file.",
     409: "The job's status does not allow this; `detail` names the status.",
+    410: "The files were kept for as long as the settings say, and then deleted.",
+    412: "The file is not the version that `If-Match` names.",
     413: "The request body is larger than `MAX_BODY_BYTES`.",
     416: "The range lies outside the file; `Content-Range` tells its size.",
     422: "The request is not valid; `errors` tells what is wrong where.",

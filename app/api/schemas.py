@@ -1,7 +1,6 @@
 """The bodies of requests and answers, as the OpenAPI document shows them."""
 
 import re
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Self
 from uuid import UUID
@@ -10,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from app.api.json_values import check_storable, check_text, parse_object
 from app.jobs.models import AttemptState, Charged, Job, JobStatus, Output
+from app.jobs.repository import Outputs
 
 DEFAULT_MODEL = "black-forest-labs/flux-schnell"
 MAX_PROMPT_CHARACTERS = 10_000
@@ -142,6 +142,7 @@ JOB_EXAMPLE: dict[str, Any] = {
             "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
             "width": 1024,
             "height": 1024,
+            "deleted_at": None,
         }
     ],
 }
@@ -159,12 +160,13 @@ class OutputView(BaseModel):
     """One stored file of a job."""
 
     index: int
-    url: str
+    url: str | None = Field(description="Null when the file is deleted.")
     media_type: str
     size_bytes: int
     sha256: str
     width: int | None
     height: int | None
+    deleted_at: datetime | None = Field(description="Since when: its retention time is over.")
 
 
 class JobView(BaseModel):
@@ -185,15 +187,18 @@ class JobView(BaseModel):
     next_attempt_at: datetime | None = Field(description="When the due retry comes.")
     error_code: str | None
     error_message: str | None = Field(description="The last error; null when there is none.")
-    result_url: str | None = Field(description="The first output; null until completed.")
+    result_url: str | None = Field(
+        description="The first output; null until completed, and again when it is deleted."
+    )
     file_size: int | None = Field(description="The first output's size in bytes.")
     external_job_id: str | None = Field(description="The provider's prediction id.")
     outputs: list[OutputView]
 
     @classmethod
-    def of(cls, job: Job, outputs: Sequence[Output], base_url: str, **more: Any) -> Self:
+    def of(cls, job: Job, outputs: Outputs | None, base_url: str, **more: Any) -> Self:
         """Show a job; outputs are found at `{base_url}/{name}`."""
-        views = [_output_view(output, base_url) for output in outputs]
+        outputs = outputs or Outputs()
+        views = [_output_view(output, base_url, outputs.deleted_at) for output in outputs]
         first = views[0] if views else None
         return cls(
             id=job.id,
@@ -249,13 +254,14 @@ class AttemptView(BaseModel):
     settled_at: datetime | None
 
 
-def _output_view(output: Output, base_url: str) -> OutputView:
+def _output_view(output: Output, base_url: str, deleted_at: datetime | None) -> OutputView:
     return OutputView(
         index=output.index,
-        url=f"{base_url}/{output.name}",
+        url=None if deleted_at else f"{base_url}/{output.name}",
         media_type=output.media_type,
         size_bytes=output.size_bytes,
         sha256=output.sha256,
         width=output.width,
         height=output.height,
+        deleted_at=deleted_at,
     )

@@ -1,4 +1,4 @@
-"""The tables: jobs, their attempts and outputs, the workers, and counts kept by a trigger.
+"""The tables: jobs, their attempts, outputs and deletions, the workers, and the counts.
 
 What the tables enforce by themselves (see `alembic/versions`): a terminal job row never changes, a
 prediction belongs to one attempt only, and `job_counts` always equals `GROUP BY status`.
@@ -98,6 +98,8 @@ UNFINISHED = "status IN ('pending', 'processing')"
 CANCELLING = "cancel_requested_at IS NOT NULL AND status = 'processing'"
 KEYED = "idempotency_key IS NOT NULL"
 OPEN = "state <> 'settled'"
+COMPLETED = "status = 'completed'"
+UNPURGED = "purged_at IS NULL"
 
 
 class Job(SQLModel, table=True):
@@ -120,6 +122,7 @@ class Job(SQLModel, table=True):
         Index("ix_jobs_ring_at", "ring_at", postgresql_where=text(UNCLAIMED)),
         Index("ix_jobs_worker_id", "worker_id", postgresql_where=text(CLAIMED)),
         Index("ix_jobs_deadline_at", "deadline_at", postgresql_where=text(UNFINISHED)),
+        Index("ix_jobs_completed_at", "completed_at", postgresql_where=text(COMPLETED)),
         Index("ix_jobs_cancelling", "cancel_requested_at", postgresql_where=text(CANCELLING)),
     )
 
@@ -213,6 +216,37 @@ class Output(SQLModel, table=True):
     sha256: str = Field(sa_type=String(64))
     width: int | None = None
     height: int | None = None
+
+
+class DeletionKind(StrEnum):
+    """What is deleted when its retention time is over; each has its own."""
+
+    MEDIA = "media"  # every output of the job, and the thumbnails
+    METADATA = "metadata"
+
+
+class Deletion(SQLModel, table=True):
+    """Files of a completed job that are deleted: for clients at once, in the storage by and by.
+
+    The mark comes first, so that no row ever promises a file that is gone; `purged_at` is set
+    when the files are gone, so that a crash in between is found. (The job's own row is terminal
+    and never changes.)
+    """
+
+    __tablename__ = "deletions"
+    __table_args__ = (
+        CheckConstraint(_in("kind", DeletionKind), name="kind"),
+        Index("ix_deletions_completed_at", "kind", "completed_at"),
+        Index("ix_deletions_unpurged", "kind", "deleted_at", postgresql_where=text(UNPURGED)),
+    )
+
+    job_id: UUID = Field(
+        sa_column=Column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    )
+    kind: DeletionKind = Field(sa_column=Column(_words(DeletionKind), primary_key=True))
+    completed_at: datetime
+    deleted_at: datetime = Field(default=None, sa_column_kwargs={"server_default": func.now()})
+    purged_at: datetime | None = None
 
 
 class Worker(SQLModel, table=True):

@@ -15,6 +15,7 @@ import structlog
 from app.errors import FailureClass, ProviderError
 from app.jobs.models import Charged
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
+from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
 from app.providers.base import CLOCK_SKEW, PredictionRequest, Provider
 from app.storage.base import Storage
@@ -87,6 +88,7 @@ class Recovery:
         doorbell: Doorbell,
         runs: Runs,
         storage: Storage,
+        retention: RetentionPolicy,
         *,
         worker_id: UUID,
         worker_name: str,
@@ -102,6 +104,7 @@ class Recovery:
         self._doorbell = doorbell
         self._runs = runs
         self._storage = storage
+        self._retention = retention
         self._worker_id = worker_id
         self._worker_name = worker_name
         self._concurrency = concurrency
@@ -129,6 +132,7 @@ class Recovery:
             ):
                 duties.create_task(_every(self._sweep_seconds, duty))
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
+            duties.create_task(_every(HOUSEKEEPING_SECONDS, self.enforce_retention))
             duties.create_task(_every(STRAYS_SECONDS, self.remove_strays))
 
     async def heartbeat(self) -> None:
@@ -216,6 +220,10 @@ class Recovery:
             log.error(
                 "output_at_risk", job_id=str(attempt.job_id), submitted_at=attempt.submitted_at
             )
+
+    async def enforce_retention(self) -> None:
+        """Delete what has been kept for its time; see `retention`."""
+        await enforce_retention(self._repository, self._storage, self._retention)
 
     async def remove_strays(self) -> None:
         """Have one of the workers remove files that belong to nothing; see `strays`."""

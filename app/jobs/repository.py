@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import (
     ColumnElement,
+    Select,
     Update,
     all_,
     and_,
@@ -23,8 +24,10 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal,
     or_,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -38,6 +41,8 @@ from app.jobs.models import (
     Attempt,
     AttemptState,
     Charged,
+    Deletion,
+    DeletionKind,
     Job,
     JobPhase,
     JobStatus,
@@ -57,12 +62,15 @@ SUBMIT_WINDOW_SECONDS = 1.0
 jobs = SQLModel.metadata.tables["jobs"].c
 attempts = SQLModel.metadata.tables["attempts"].c
 outputs = SQLModel.metadata.tables["outputs"].c
+deletions = SQLModel.metadata.tables["deletions"].c
 workers = SQLModel.metadata.tables["workers"].c
 counts = SQLModel.metadata.tables["job_counts"].c
 
 MAX_CRASHES = 3
 # How long an orphan is left to the worker that tries to stop it.
 STOP_AGAIN_SECONDS = 5
+# Longer than any transaction: a job that completed before the last one marked may be seen later.
+LATE_COMMIT_SECONDS = 3600.0
 
 UNFINISHED = (JobStatus.PENDING, JobStatus.PROCESSING)
 TERMINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -82,6 +90,12 @@ class NewJob:
         """Return what tells this request from any other: a SHA-256 of what it asks for."""
         asked = [self.prompt, self.model_name, self.parameters]
         return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class Outputs(list[Output]):
+    """The outputs of one job in order, and since when their files are deleted, if they are."""
+
+    deleted_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,17 +217,15 @@ class JobRepository:
         async with self._sessions() as session:
             return (await session.scalars(query.limit(limit).offset(offset))).all()
 
-    async def outputs(self, job_ids: Collection[UUID]) -> dict[UUID, list[Output]]:
-        """Return the outputs of these jobs in order; jobs without any are left out."""
-        query = (
-            select(Output)
-            .where(outputs.job_id.in_(job_ids))
-            .order_by(outputs.job_id, outputs.index)
-        )
-        found: dict[UUID, list[Output]] = defaultdict(list)
+    async def outputs(self, job_ids: Collection[UUID]) -> dict[UUID, Outputs]:
+        """Return the outputs of these jobs; jobs without any are left out."""
+        query = _with_deletion().where(outputs.job_id.in_(job_ids))
+        found: dict[UUID, Outputs] = defaultdict(Outputs)
         async with self._sessions() as session:
-            for output in await session.scalars(query):
+            rows = await session.execute(query.order_by(outputs.job_id, outputs.index))
+            for output, deleted_at in rows:
                 found[output.job_id].append(output)
+                found[output.job_id].deleted_at = deleted_at
         return found
 
     async def attempts(self, job_id: UUID) -> Sequence[Attempt]:
@@ -262,10 +274,18 @@ class JobRepository:
         async with self._sessions() as session:
             return await session.scalar(query) is not None
 
-    async def output_named(self, name: str) -> Output | None:
-        """Return the output stored under this file name, or None."""
+    async def output_named(self, name: str) -> tuple[Output, datetime | None] | None:
+        """Return the output stored under this file name, and when it was deleted; or None."""
+        query = _with_deletion().where(outputs.name == name)
         async with self._sessions() as session:
-            return await session.scalar(select(Output).where(outputs.name == name))
+            found = (await session.execute(query)).one_or_none()
+        return (found[0], found[1]) if found else None
+
+    async def deleted_at(self, job_id: UUID, kind: DeletionKind) -> datetime | None:
+        """Return when these files of the job were deleted, or None."""
+        async with self._sessions() as session:
+            found = await session.get(Deletion, (job_id, kind))
+        return found.deleted_at if found else None
 
     async def cancel(self, job_id: UUID) -> Job | None:
         """Cancel the job, or ask for it while a create call may be under way.
@@ -756,6 +776,71 @@ class JobRepository:
         """Close the attempt of a job that has ended."""
         async with self._sessions.begin() as session:
             await session.execute(_settle(settlement))
+
+    # --- retention ---------------------------------------------------------------------------
+
+    async def mark_deleted(
+        self, kind: DeletionKind, older_than_seconds: float, limit: int
+    ) -> Sequence[UUID]:
+        """Mark files of jobs that completed longer ago as deleted; return the jobs, oldest first.
+
+        Each job is returned to one caller only. The marks are made in the order of completion,
+        so the search begins near the last one, however many there are.
+        """
+        marked = deletions.job_id == jobs.id, deletions.kind == kind
+        last = select(func.max(deletions.completed_at)).where(deletions.kind == kind)
+        begin = last.scalar_subquery() - timedelta(seconds=LATE_COMMIT_SECONDS)
+        due = (
+            select(jobs.id, literal(kind.value), jobs.completed_at)
+            .where(
+                jobs.status == JobStatus.COMPLETED,
+                jobs.completed_at < _in_seconds(-older_than_seconds),
+                jobs.completed_at >= func.coalesce(begin, text("'-infinity'::timestamptz")),
+                ~select(deletions.job_id).where(*marked).exists(),
+            )
+            .order_by(jobs.completed_at)
+            .limit(limit)
+        )
+        statement = (
+            upsert(Deletion)
+            .from_select(["job_id", "kind", "completed_at"], due)
+            .on_conflict_do_nothing()
+            .returning(deletions.job_id)
+        )
+        async with self._sessions.begin() as session:
+            return (await session.scalars(statement)).all()
+
+    async def unpurged(
+        self, kind: DeletionKind, older_than_seconds: float, limit: int
+    ) -> Sequence[UUID]:
+        """Return jobs marked longer ago whose files are still there: whoever did it has died."""
+        query = (
+            select(deletions.job_id)
+            .where(
+                deletions.kind == kind,
+                deletions.purged_at.is_(None),
+                deletions.deleted_at < _in_seconds(-older_than_seconds),
+            )
+            .order_by(deletions.deleted_at)
+            .limit(limit)
+        )
+        async with self._sessions() as session:
+            return (await session.scalars(query)).all()
+
+    async def note_purged(self, kind: DeletionKind, job_ids: Collection[UUID]) -> None:
+        """Note that the marked files of these jobs are gone."""
+        statement = (
+            update(Deletion)
+            .where(deletions.job_id.in_(job_ids), deletions.kind == kind)
+            .values(purged_at=func.now())
+        )
+        async with self._sessions.begin() as session:
+            await session.execute(statement)
+
+
+def _with_deletion() -> Select[Output, datetime | None]:
+    gone = and_(deletions.job_id == outputs.job_id, deletions.kind == DeletionKind.MEDIA)
+    return select(Output, deletions.deleted_at).outerjoin(Deletion, gone)
 
 
 def _pending(new: NewJob, queue_deadline_seconds: float) -> dict[str, Any]:

@@ -57,6 +57,13 @@ class Storage(Protocol):
         """
         ...
 
+    async def load(self, key: str, start: int, length: int) -> bytes | memoryview:
+        """Return a small part at once: what `read` streams.
+
+        Raises: FileNotFoundError when there is no such key; StorageError.
+        """
+        ...
+
     def names(self, folder: str) -> AsyncIterator[StoredFile]:
         """List a folder (`media`, `metadata`, `thumbnails`) in no order, hidden files left out.
 
@@ -75,8 +82,12 @@ class Storage(Protocol):
         """
         ...
 
+    async def leftovers(self, older_than_seconds: float) -> list[Path]:
+        """Return the local files that a dead process left half-made."""
+        ...
+
     async def clean(self, older_than_seconds: float) -> int:
-        """Remove files that a dead process left in the workspace; return how many."""
+        """Remove the leftovers; return how many."""
         ...
 
     async def check(self) -> None:
@@ -118,15 +129,24 @@ def checked_folder(folder: str) -> str:
     return folder
 
 
-def remove_old(paths: Iterable[Path], older_than_seconds: float, folder: Path) -> int:
-    """Remove the files that are older; `folder` is one to write in. Blocking."""
+def old_files(paths: Iterable[Path], older_than_seconds: float, folder: Path) -> list[Path]:
+    """Return the files that are older; `folder` is one to write in. Blocking."""
     # The file system's own clock, by a file of now: another machine may serve this folder.
     with tempfile.NamedTemporaryFile(dir=folder, prefix="now-") as file:
         now = os.fstat(file.fileno()).st_mtime
-    removed = 0
+    found = []
     for path in paths:
         with suppress(FileNotFoundError):  # another worker cleans as well
             if now - path.stat().st_mtime > older_than_seconds:
-                path.unlink()
-                removed += 1
+                found.append(path)
+    return found
+
+
+def remove(paths: Iterable[Path]) -> int:
+    """Remove the files; return how many were still there. Blocking."""
+    removed = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            path.unlink()
+            removed += 1
     return removed

@@ -7,20 +7,24 @@ empty file behind a row that says `completed`.
 import asyncio
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
-from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, remove_old
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
 
 CHUNK_BYTES = 1 << 20
 # Names that one hop to a thread brings.
 LISTED_AT_ONCE = 1000
+# Read now, in the thread, so that the event loop never waits for the disk (where there is the flag).
+MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 # What file systems without hard links say to `link`.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
@@ -74,21 +78,29 @@ class LocalStorage:
     async def read(
         self, key: str, start: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
-        """See `Storage.read`. Chunks of 1 MiB: each is one hop to a thread."""
+        """See `Storage.read`. Chunks of 1 MiB."""
+        path, left, file = self._path(key), length, None
         try:
-            file = await asyncio.to_thread(self._path(key).open, "rb")
-            try:
-                await asyncio.to_thread(file.seek, start)
-                left = length
-                while left is None or left > 0:
-                    wanted = CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)
-                    chunk = await asyncio.to_thread(file.read, wanted)
-                    if not chunk:
-                        return
-                    left = left - len(chunk) if left is not None else None
-                    yield chunk
-            finally:
-                await asyncio.to_thread(file.close)
+            file, chunk = await asyncio.to_thread(_open, path, start, _next(left))
+            while chunk:
+                yield chunk
+                left = None if left is None else left - len(chunk)
+                chunk = await asyncio.to_thread(file.read, _next(left)) if left != 0 else b""
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot read {key}: {error.strerror}") from error
+        finally:
+            if file is not None:
+                file.close()  # at once: nothing of a file that was only read waits to be written
+
+    async def load(self, key: str, start: int, length: int) -> bytes | memoryview:
+        """See `Storage.load`. Mapped, not copied: half of what serving a picture would cost.
+
+        Nothing is ever written to a stored file, and one that is deleted stays while mapped.
+        """
+        try:
+            return await asyncio.to_thread(_map, self._path(key), start, length)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -114,10 +126,17 @@ class LocalStorage:
     async def url(self, key: str, seconds: int) -> None:  # noqa: ARG002 - never any
         """See `Storage.url`: the API serves the files itself."""
 
+    async def leftovers(self, older_than_seconds: float) -> list[Path]:
+        """See `Storage.leftovers`."""
+        try:
+            return await asyncio.to_thread(self._leftovers, older_than_seconds)
+        except OSError as error:
+            raise StorageError(f"cannot read the workspace: {error.strerror}") from error
+
     async def clean(self, older_than_seconds: float) -> int:
         """See `Storage.clean`."""
         try:
-            return await asyncio.to_thread(self._remove_old, older_than_seconds)
+            return await asyncio.to_thread(remove, await self.leftovers(older_than_seconds))
         except OSError as error:
             raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
 
@@ -129,10 +148,10 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
-    def _remove_old(self, older_than_seconds: float) -> int:
+    def _leftovers(self, older_than_seconds: float) -> list[Path]:
         # The metadata folder holds leftovers too, all of them hidden: see `_copy_durably`.
         hidden = self._folders["metadata"].glob(".*")
-        return remove_old([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
+        return old_files([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
 
     def _path(self, key: str) -> Path:
         folder, name = checked_key(key)
@@ -149,6 +168,31 @@ async def _put_over(source: Path, target: Path, still_ours: Checkpoint | None) -
     if still_ours is not None:
         await still_ours()
     await asyncio.to_thread(_replace_durably, source, target)
+
+
+def _map(path: Path, start: int, length: int) -> bytes | memoryview:
+    with FileIO(path) as file:
+        end = min(start + length, os.fstat(file.fileno()).st_size)
+        if start >= end:
+            return b""  # nothing can not be mapped
+        offset = start - start % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(file.fileno(), end - offset, MAP_FLAGS, mmap.PROT_READ, offset=offset)
+        return memoryview(pages)[start - offset :]
+
+
+def _open(path: Path, start: int, length: int) -> tuple[FileIO, bytes]:
+    """Open a file and read its first part; every hop to a thread costs as much as the read."""
+    file = FileIO(path)
+    try:
+        file.seek(start)
+        return file, file.read(length)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _next(left: int | None) -> int:
+    return CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)
 
 
 def _move_durably(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from app.errors import StorageError
-from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, remove_old
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
 
 if TYPE_CHECKING:
     from obstore import Attributes, GetOptions, ObjectMeta, PutMode  # for type checkers only
@@ -111,6 +111,10 @@ class S3Storage:
                 return  # nor one that begins at the end
             raise StorageError(f"cannot read {key}: {type(error).__name__}") from error
 
+    async def load(self, key: str, start: int, length: int) -> bytes:
+        """See `Storage.load`."""
+        return b"".join([chunk async for chunk in self.read(key, start, length)])
+
     async def names(self, folder: str) -> AsyncIterator[StoredFile]:
         """See `Storage.names`."""
         prefix = f"{checked_folder(folder)}/"
@@ -143,10 +147,17 @@ class S3Storage:
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot sign {key}: {type(error).__name__}") from error
 
+    async def leftovers(self, older_than_seconds: float) -> list[Path]:
+        """See `Storage.leftovers`."""
+        try:
+            return await asyncio.to_thread(self._leftovers, older_than_seconds)
+        except OSError as error:
+            raise StorageError(f"cannot read the workspace: {error.strerror}") from error
+
     async def clean(self, older_than_seconds: float) -> int:
         """See `Storage.clean`."""
         try:
-            return await asyncio.to_thread(self._remove_old, older_than_seconds)
+            return await asyncio.to_thread(remove, await self.leftovers(older_than_seconds))
         except OSError as error:
             raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
 
@@ -219,8 +230,8 @@ class S3Storage:
             theirs.update(chunk)
         return theirs.digest() == await asyncio.to_thread(_sha256, path)
 
-    def _remove_old(self, older_than_seconds: float) -> int:
-        return remove_old(self.workspace.iterdir(), older_than_seconds, self.workspace)
+    def _leftovers(self, older_than_seconds: float) -> list[Path]:
+        return old_files(self.workspace.iterdir(), older_than_seconds, self.workspace)
 
 
 def _open(url: str, endpoint_url: str | None, config: "S3Config") -> S3Store:

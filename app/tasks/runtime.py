@@ -21,6 +21,7 @@ from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository, Lease
+from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers import create_provider
@@ -173,6 +174,7 @@ class Runtime:
             doorbell,
             self._runs,
             storage,
+            RetentionPolicy(settings.media_retention_days, settings.metadata_retention_days),
             worker_id=self._worker_id,
             worker_name=f"{socket.gethostname()}:{os.getpid()}",
             concurrency=settings.worker_concurrency,

@@ -158,6 +158,7 @@ class StorageContract:
             (len(LARGE) - 10, 100),  # beyond the end: what there is
             (1 << 20, (1 << 20) + 1),
             (len(LARGE), None),
+            (4096, 4096),
             (7, 0),
         ],
     )
@@ -167,6 +168,10 @@ class StorageContract:
         await put(storage, KEY, LARGE)
         end = None if length is None else start + length
         assert await read(storage, KEY, start, length) == LARGE[start:end]
+        assert (
+            await storage.load(KEY, start, len(LARGE) if length is None else length)
+            == LARGE[start:end]
+        )
 
     async def test_reading_can_stop_early(self, storage: Storage) -> None:
         await put(storage, KEY, LARGE)
@@ -179,6 +184,15 @@ class StorageContract:
         assert await storage.size(KEY) is None
         with pytest.raises(FileNotFoundError):
             await read(storage, KEY)
+        with pytest.raises(FileNotFoundError):
+            await storage.load(KEY, 0, 10)
+
+    async def test_what_was_loaded_outlives_its_file(self, storage: Storage) -> None:
+        await put(storage, KEY, LARGE)
+        loaded = await storage.load(KEY, 5, len(LARGE))
+        await put(storage, KEY, b"other")
+        await storage.delete(KEY)
+        assert loaded == LARGE[5:]
 
     @pytest.mark.parametrize(
         "key",

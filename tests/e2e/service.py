@@ -23,7 +23,9 @@ class Service:
     def __init__(self, environment: Mapping[str, str], logs: Path) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.client = httpx.Client(
+            base_url=self.url, timeout=30, trust_env=False, follow_redirects=True
+        )
         self._logs = logs
         self._environment = {
             **os.environ,

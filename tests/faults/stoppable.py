@@ -24,6 +24,7 @@ from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository, Lease
+from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers.replicate import ReplicateProvider
@@ -164,6 +165,7 @@ async def stoppable_worker(
         _NoDoorbell(),
         _NoRuns(),
         storage,
+        RetentionPolicy(None, None),
         worker_id=worker_id,
         worker_name="stoppable",
         concurrency=1,

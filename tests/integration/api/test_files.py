@@ -11,7 +11,11 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
+from app.api.deps import Services
 from app.config import Settings
+from app.jobs.models import DeletionKind
+from app.jobs.retention import RetentionPolicy, enforce_retention
+from app.storage.base import metadata_key
 from tests.integration.api.conftest import Jobs, problem_of
 
 DATA = bytes(range(100))
@@ -238,3 +242,46 @@ async def test_a_storage_that_fails_is_503(
     response = await client.get(f"/media/{job.id}.png")
     assert str(tmp_path) not in problem_of(response, 503)["detail"]
     assert response.headers["retry-after"] == "5"
+
+
+class TestDeleted:
+    """A job whose files were kept for their time."""
+
+    async def test_its_media_are_gone_and_its_status_says_so(
+        self, client: httpx2.AsyncClient, jobs: Jobs, services: Services
+    ) -> None:
+        job = await jobs.completed(DATA, DATA[::-1])
+        await services.repository.mark_deleted(DeletionKind.MEDIA, 0, 10)
+        for url in (
+            f"/api/v1/download/{job.id}",
+            f"/media/{job.id}.png",
+            f"/media/{job.id}-1.png",
+            f"/media/{job.id}.png?size=256",
+        ):
+            assert "was deleted on" in problem_of(await client.get(url), 410)["detail"]
+        body = (await client.get(f"/api/v1/status/{job.id}")).json()
+        assert (body["status"], body["result_url"]) == ("completed", None)
+        assert [output["url"] for output in body["outputs"]] == [None, None]
+        assert all(output["deleted_at"] for output in body["outputs"])
+        assert body["outputs"][0]["sha256"] == ETAG.strip('"')
+
+    async def test_other_jobs_keep_theirs(
+        self, client: httpx2.AsyncClient, jobs: Jobs, services: Services
+    ) -> None:
+        old = await jobs.completed(DATA)
+        await services.repository.mark_deleted(DeletionKind.MEDIA, 0, 10)
+        new = await jobs.completed(DATA)
+        assert (await client.get(f"/media/{old.id}.png")).status_code == 410
+        assert (await client.get(f"/media/{new.id}.png")).status_code == 200
+
+    async def test_its_metadata_are_gone_by_themselves(
+        self, client: httpx2.AsyncClient, jobs: Jobs, services: Services, tmp_path: Path
+    ) -> None:
+        job = await jobs.completed(DATA)
+        document = tmp_path / "document"
+        document.write_text("{}")
+        await services.storage.put(metadata_key(job.id), document)
+        policy = RetentionPolicy(media_days=None, metadata_days=0)
+        await enforce_retention(services.repository, services.storage, policy)
+        problem_of(await client.get(f"/api/v1/jobs/{job.id}/metadata"), 410)
+        assert (await client.get(f"/media/{job.id}.png")).content == DATA

@@ -53,6 +53,7 @@ class TestStatus:
             "sha256": hashlib.sha256(b"the second").hexdigest(),
             "width": 64,
             "height": 48,
+            "deleted_at": None,
         }
 
     async def test_a_failed_job_says_why(self, client: httpx2.AsyncClient, jobs: Jobs) -> None:

@@ -18,6 +18,7 @@ from app.jobs import repository as repository_module
 from app.jobs.models import JobStatus
 from app.jobs.recovery import Recovery
 from app.jobs.repository import Claim, JobRepository, Lease, NewJob
+from app.jobs.retention import RetentionPolicy
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
@@ -99,6 +100,7 @@ async def worker(
         doorbell,
         runs,
         create_storage(settings),
+        RetentionPolicy(media_days=1, metadata_days=None),
         worker_id=worker_id,
         worker_name="test",
         concurrency=10,

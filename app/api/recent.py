@@ -1,0 +1,81 @@
+"""Files that were asked for a moment ago, answered without the layers that find them.
+
+Routing, look-ups, the line in the log cost the API several times what sending the file costs;
+pages ask for the same few files again and again, and what a name stands for never changes. So a
+file is looked up, and logged, once in a few seconds.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.middleware import request_id
+from app.errors import AppError, StorageError
+from app.jobs.models import Output
+
+# For so long a file may still be answered for after it was deleted.
+SECONDS = 5.0
+ENTRIES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """What a path leads to, and the headers that do not depend on the request."""
+
+    output: Output
+    headers: dict[str, str]
+
+
+class RecentFiles:
+    """The files of the last seconds by path; the oldest go when there are too many."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, KnownFile]] = {}
+
+    def add(self, path: str, file: KnownFile) -> None:
+        """Remember a file that is in the storage."""
+        self._known.pop(path, None)
+        while len(self._known) >= ENTRIES:
+            del self._known[next(iter(self._known))]
+        self._known[path] = (time.monotonic() + SECONDS, file)
+
+    def get(self, path: str) -> KnownFile | None:
+        """Return the file, unless it was looked up too long ago."""
+        until, file = self._known.get(path, (0.0, None))
+        return file if time.monotonic() < until else None
+
+
+Answering = Callable[[Request, KnownFile], Awaitable[Response]]
+
+
+class AnswerRecent:
+    """ASGI middleware: answers for known files; everything else, errors too, goes further down.
+
+    So does a page's script of another origin: the CORS headers are made there.
+    """
+
+    def __init__(self, app: ASGIApp, answer: Answering) -> None:
+        self._app = app
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; see the class."""
+        response = await self._known(scope) if scope["type"] == "http" else None
+        await (response or self._app)(scope, receive, send)
+
+    async def _known(self, scope: Scope) -> Response | None:
+        if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
+            return None
+        file = scope["app"].state.services.recent.get(scope["path"])
+        if file is None or any(name == b"origin" for name, _ in scope["headers"]):
+            return None
+        try:
+            response = await self._answer(Request(scope), file)
+        except (AppError, HTTPException, StorageError):
+            return None
+        response.headers["X-Request-ID"] = request_id(scope)
+        return response

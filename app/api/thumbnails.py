@@ -1,0 +1,82 @@
+"""Thumbnails of stored pictures: made when first asked for, kept in the storage, made once."""
+
+import asyncio
+from pathlib import Path
+from uuid import uuid4
+
+import structlog
+
+from app.errors import StorageError
+from app.jobs.models import Output
+from app.media import sniff, thumbnail
+from app.media.errors import BadPicture
+from app.storage.base import Storage, media_key, thumbnail_key
+
+# A decoder takes a core and a picture's worth of memory.
+MAKERS = 2
+
+log = structlog.get_logger(__name__)
+
+
+class Thumbnails:
+    """The thumbnails of one API process; another one may make the same at the same time."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._makers = asyncio.Semaphore(MAKERS)
+        self._making: dict[str, asyncio.Task[bytes]] = {}
+
+    async def get(self, output: Output, size: int) -> bytes | None:
+        """Return the WebP, or None when there can be none: the output is not a picture.
+
+        Raises: FileNotFoundError - the output is not in the storage; StorageError.
+        """
+        if output.media_type not in sniff.PICTURES:
+            return None
+        key = thumbnail_key(output.name, size)
+        try:
+            return await _read(self._storage, key)
+        except FileNotFoundError:
+            pass
+        try:
+            return await self._made(key, output, size)
+        except BadPicture:
+            log.warning("no_thumbnail", name=output.name)
+            return None
+
+    async def _made(self, key: str, output: Output, size: int) -> bytes:
+        """Make it, once however many ask; who leaves early does not stop it for the others."""
+        task = self._making.get(key)
+        if task is None:
+            task = self._making[key] = asyncio.create_task(self._make(key, output, size))
+            task.add_done_callback(lambda _: self._making.pop(key))
+        return await asyncio.shield(task)
+
+    async def _make(self, key: str, output: Output, size: int) -> bytes:
+        path = self._storage.workspace / f"thumbnail-{uuid4().hex}"
+        async with self._makers:
+            try:
+                await self._fetch(media_key(output.name), path)
+                data = await asyncio.to_thread(thumbnail.make, path, size)
+                await asyncio.to_thread(path.write_bytes, data)
+                await self._storage.put(key, path)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise StorageError(f"cannot make a thumbnail: {error.strerror}") from error
+            finally:
+                await asyncio.to_thread(path.unlink, missing_ok=True)
+        return data
+
+    async def _fetch(self, key: str, path: Path) -> None:
+        chunks = self._storage.read(key)
+        file = await asyncio.to_thread(path.open, "wb")
+        try:
+            async for chunk in chunks:
+                await asyncio.to_thread(file.write, chunk)
+        finally:
+            await asyncio.to_thread(file.close)
+
+
+async def _read(storage: Storage, key: str) -> bytes:
+    return b"".join([chunk async for chunk in storage.read(key)])
