@@ -8,7 +8,7 @@ from app import __version__
 from app.api.deps import App
 from app.api.health import DetailedHealthView, HealthView, measure_health
 from app.api.metrics import MetricsView, metrics_view, prefers_prometheus, prometheus_text
-from app.api.problems import problem_responses
+from app.api.problems import RETRY_AFTER_SECONDS, problem_responses
 from app.api.schemas import DEFAULT_MODEL, MAX_PROMPT_CHARACTERS
 from app.config import Settings
 
@@ -73,6 +73,7 @@ async def health_detailed(response: Response, app: App) -> DetailedHealthView:
     report = await measure_health(app)
     if report.status == "unhealthy":
         response.status_code = 503
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return report
 
 

@@ -282,7 +282,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _forget(path: Path) -> None:
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # a disk that is read-only by now, say; the sweep finds it later
         path.unlink()
 
 

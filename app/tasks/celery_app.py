@@ -13,6 +13,7 @@ from celery.worker.control import Panel
 
 from app.config import get_settings
 from app.logging import configure_logging
+from app.tasks import transport
 
 settings = get_settings()
 
@@ -24,6 +25,8 @@ Gossip.compatible_transports = Mingle.compatible_transports = set()
 # every later message for that job. A job is cancelled through the API, in the database.
 for command in ("revoke", "revoke_by_stamped_headers", "terminate"):
     Panel.data.pop(command, None)
+
+transport.use()
 
 celery_app = Celery("replicate-media-service", broker=settings.broker_url)
 celery_app.conf.update(

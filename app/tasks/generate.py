@@ -20,17 +20,15 @@ class JobFailed(Exception):
 
 
 @celery_app.task(name=TASK, bind=True, throws=(JobFailed,), max_retries=None)
-def generate(task: Task[Any, Any], job_id: str) -> str:
+def generate(task: Task[Any, Any], /, job_id: object = None, *_: object, **__: object) -> str:
     """Run one job: pending (or unowned) to completed, failed, or pending for a retry.
 
     The task's state in Flower follows the job's. A retry is rung by the sweep when it is due, so
-    nothing is published here; a job that is not ours, or not a job, is ignored.
+    nothing is published here; a job that is not ours, or not a job, is ignored: anybody may have
+    written the message, an older version of us, too.
     """
     del task
-    try:
-        result = runtime.run(UUID(job_id))
-    except ValueError:
-        raise Ignore from None
+    result = runtime.run(_job_id(job_id))
     match result.outcome:
         case Outcome.COMPLETED:
             return result.outcome.value
@@ -40,6 +38,13 @@ def generate(task: Task[Any, Any], job_id: str) -> str:
             raise Retry(f"{result.error_code}, in {result.retry_in_seconds:.0f} s")
         case Outcome.SKIPPED:
             raise Ignore
+
+
+def _job_id(given: object) -> UUID:
+    try:
+        return UUID(str(given))
+    except ValueError:
+        raise Ignore from None
 
 
 @worker_init.connect

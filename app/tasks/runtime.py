@@ -104,6 +104,7 @@ class Runtime:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
         self._stopping: Future[None] | None = None
 
     def start(self) -> None:
@@ -121,7 +122,10 @@ class Runtime:
 
     def begin_stop(self) -> None:
         """Begin to stop all runs and hand their jobs back; returns at once (signal handler)."""
-        if self._stopping is None:
+        if not self._is_stopping:
+            # First the word, then the deed: the loop may be done with the runs there are before
+            # this thread goes on, and one that began then would never end.
+            self._is_stopping = True
             self._stopping = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
 
     def close(self) -> None:
@@ -191,7 +195,7 @@ class Runtime:
             self._background.add(task)
 
     async def _run(self, job_id: UUID) -> RunResult:
-        if self._stopping is not None:
+        if self._is_stopping:
             return RunResult(Outcome.SKIPPED)
         run = _Run(job_id)
         self._runs.add(run)

@@ -182,6 +182,8 @@ class FaultProxy:
             link.flowing.set()
         try:
             await link.flowing.wait()
+            if reader._eof:  # type: ignore[attr-defined] # gave up while nobody answered
+                return
             if self._answer is not None:
                 await _answer_one(reader, client, self._answer)
                 return

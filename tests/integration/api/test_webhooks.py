@@ -164,7 +164,7 @@ class TestForged:
     async def test_with_another_secret(self, reporter: Reporter) -> None:
         await self._assert_refused(reporter, report(), signed(report(), OTHER_SECRET))
 
-    @pytest.mark.parametrize("seconds", [301, -301])
+    @pytest.mark.parametrize("seconds", [301, -360])  # a slow machine makes it younger
     async def test_too_old_or_from_the_future(self, reporter: Reporter, seconds: int) -> None:
         headers = signed(report(), age=timedelta(seconds=seconds))
         await self._assert_refused(reporter, report(), headers)
