@@ -16,6 +16,7 @@ from app.errors import FileDeleted, InvalidInput, JobNotFound
 from app.jobs.cancellation import cancel_job
 from app.jobs.models import DeletionKind, Job, JobStatus
 from app.storage.base import metadata_key
+from app.tasks.wakeups import CANCELLED, wake
 
 router = APIRouter(prefix="/api/v1", tags=["jobs"])
 
@@ -106,6 +107,7 @@ async def attempts(job_id: UUID, app: App) -> list[AttemptView]:
 async def cancel(job_id: UUID, app: App) -> JobView:
     """Cancel a pending or processing job, at the provider too; a job that has ended stays."""
     job = await cancel_job(app.repository, job_id)
+    await wake(app.redis, CANCELLED)
     return (await _views(app, [job]))[0]
 
 

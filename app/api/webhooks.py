@@ -1,24 +1,20 @@
 """POST /api/v1/webhooks/replicate/{attempt_id}: the provider rings when a prediction moves."""
 
-import asyncio
 import json
 from typing import Any
 from uuid import UUID
 
 import structlog
 from fastapi import APIRouter, Request
-from redis.exceptions import RedisError
 
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
 from app.jobs.models import Attempt, AttemptState
 from app.providers.base import Prediction
-from app.tasks.wakeups import CHANNEL
+from app.tasks.wakeups import wake
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])
-
-PUBLISH_SECONDS = 0.1
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +42,7 @@ async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
         raise Unauthorized("This report is about another attempt's prediction.")
     if attempt.state is AttemptState.INTENT:
         await app.repository.adopt(attempt.id, prediction)
-    await _wake(app, prediction.id)
+    await wake(app.redis, prediction.id)
 
 
 async def _verify(app: Services, body: bytes, request: Request) -> None:
@@ -78,11 +74,3 @@ def _speaks_of(attempt: Attempt, prediction: Prediction) -> bool:
     if attempt.prediction_id is not None:
         return attempt.prediction_id == prediction.id
     return attempt.input == prediction.input
-
-
-async def _wake(app: Services, prediction_id: str) -> None:
-    """Tell the workers; if that fails, their next poll sees it."""
-    try:
-        await asyncio.wait_for(app.redis.publish(CHANNEL, prediction_id), PUBLISH_SECONDS)
-    except (RedisError, OSError) as error:
-        log.warning("wakeup_lost", error=type(error).__name__)

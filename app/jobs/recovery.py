@@ -7,6 +7,7 @@ them may run in any number of workers at once: every write is guarded or skips l
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Protocol
 from uuid import UUID
 
@@ -113,6 +114,7 @@ class Recovery:
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
         self._unheard_until = 0.0  # of the monotonic clock
+        self._cancelled = asyncio.Event()
         self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
         self.living_workers = 1
 
@@ -127,13 +129,18 @@ class Recovery:
                 self.sweep,
                 self.ring_due,
                 self.resume_unheard,
-                self.stop_orphans,
                 self.stop_lost_orphans,
             ):
                 duties.create_task(_every(self._sweep_seconds, duty))
+            stopping = _every(self._sweep_seconds, self.stop_orphans, nudge=self._cancelled)
+            duties.create_task(stopping)
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.enforce_retention))
             duties.create_task(_every(STRAYS_SECONDS, self.remove_strays))
+
+    def nudge(self) -> None:
+        """Stop orphans now rather than at the next round: a job was cancelled."""
+        self._cancelled.set()
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
@@ -289,9 +296,12 @@ def _given_up(orphan: Orphan, error: ProviderError) -> Settlement | None:
 async def _every(
     seconds: float,
     duty: Callable[[], Awaitable[None]],
+    *,
     longest_seconds: float = LONGEST_PAUSE_SECONDS,
+    nudge: asyncio.Event | None = None,
 ) -> None:
-    """Repeat a duty for ever; while it fails, with growing pauses."""
+    """Repeat a duty for ever; while it fails, with growing pauses. A `nudge` ends a pause."""
+    nudged = nudge or asyncio.Event()
     pause = seconds
     while True:
         try:
@@ -303,4 +313,6 @@ async def _every(
             log.warning(
                 "duty_failed", duty=duty.__name__, error=type(error).__name__, pause_seconds=pause
             )
-        await asyncio.sleep(pause)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(nudged.wait(), pause)
+        nudged.clear()

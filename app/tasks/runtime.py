@@ -27,7 +27,7 @@ from app.jobs.watch import PredictionWatcher
 from app.providers import create_provider
 from app.storage import create_storage
 from app.tasks.doorbell import doorbell
-from app.tasks.wakeups import listen
+from app.tasks.wakeups import CANCELLED, listen
 
 # After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
 STOP_SECONDS = 3.0
@@ -188,11 +188,17 @@ class Runtime:
         )
 
     def _start_background(self) -> None:
-        wakeups = listen(self._settings.redis_url, self._watcher.nudge)
+        wakeups = listen(self._settings.redis_url, self._wake)
         for duty in (self._recovery.run(), self._watcher.run(), wakeups):
             task = asyncio.create_task(duty)
             task.add_done_callback(_end_with)
             self._background.add(task)
+
+    def _wake(self, word: str) -> None:
+        if word == CANCELLED:
+            self._recovery.nudge()
+        else:
+            self._watcher.nudge(word)
 
     async def _run(self, job_id: UUID) -> RunResult:
         if self._is_stopping:

@@ -1,4 +1,6 @@
-"""The channel on which the API tells all workers that a prediction has moved."""
+"""The channel on which the API tells all workers to look now: a prediction has moved, or a job
+was cancelled. A lost word costs latency: they look every second anyway.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,14 +10,25 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 CHANNEL = "media:predictions"
+# Instead of a prediction's id: some job has ended without its prediction.
+CANCELLED = "cancelled"
+PUBLISH_SECONDS = 0.1
 REST_SECONDS = 5.0
 LISTEN_SECONDS = 10.0
 
 log = structlog.get_logger(__name__)
 
 
+async def wake(redis: Redis, word: str) -> None:
+    """Tell the workers: a prediction's id, or `CANCELLED`."""
+    try:
+        await asyncio.wait_for(redis.publish(CHANNEL, word), PUBLISH_SECONDS)
+    except (RedisError, OSError) as error:
+        log.warning("wakeup_lost", error=type(error).__name__)
+
+
 async def listen(url: str, on_wakeup: Callable[[str], None]) -> None:
-    """Call `on_wakeup(prediction_id)` for every message, for ever; a lost one costs latency."""
+    """Call `on_wakeup` with every word that is told, for ever."""
     while True:
         redis = Redis.from_url(url, socket_timeout=LISTEN_SECONDS + 5, decode_responses=True)
         try:

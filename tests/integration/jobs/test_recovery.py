@@ -249,6 +249,24 @@ class TestOrphans:
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10) == []
 
+    async def test_a_nudge_stops_it_at_once(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(worker.recovery, "_sweep_seconds", 60)
+        replicate.configure(latency_seconds=30)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        duties = asyncio.create_task(worker.recovery.run())
+        await asyncio.sleep(0.2)  # the first round is over, the next one a minute away
+        await worker.repository.cancel(claim.job.id)
+        worker.recovery.nudge()
+        async with asyncio.timeout(5):
+            while (await worker.provider.get(prediction.id)).status != "canceled":
+                await asyncio.sleep(0.02)
+        duties.cancel()
+
     async def test_it_is_found_although_its_id_was_lost(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
