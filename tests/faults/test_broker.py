@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 
-from tests.faults.harness import Answer, Link, Stack, StartStack, percentile, wait_for
+from tests.faults.harness import PATIENT, Answer, Link, Stack, StartStack, percentile, wait_for
 from tests.faults.oracle import check
 from tests.faults.proxy import FaultProxy
 from tests.faults.report import Scenario, full_only, sized
@@ -48,7 +48,7 @@ def test_f04_the_broker_refuses_connections_during_posts(
 ) -> None:
     """POSTs at 10/s, the broker refused for 30 s: all 201, p99 <= 300 ms, begun <= 20 s after."""
     seconds = sized(6, 30)
-    stack = start_stack(links=BROKER_LINKS)
+    stack = start_stack(links=BROKER_LINKS, **PATIENT)
     stack.warm_up()
     with _while_posting(stack, count=sized(80, 400), per_second=10):
         time.sleep(1)
@@ -71,7 +71,7 @@ def test_f05_the_broker_goes_silent_during_posts(
     Its connections come back as they were, or only the address does (a fail-over): what is
     connected stays silent for ever.
     """
-    stack = start_stack(links=BROKER_LINKS)
+    stack = start_stack(links=BROKER_LINKS, **PATIENT)
     stack.warm_up()
     worker = stack.workers[0]
     with _while_posting(stack, count=600, per_second=10):

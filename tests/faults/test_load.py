@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 
-from tests.faults.harness import Process, Stack, StartStack, percentile
+from tests.faults.harness import PATIENT, Process, Stack, StartStack, percentile
 from tests.faults.oracle import check, recovery_seconds
 from tests.faults.records import jobs_about
 from tests.faults.report import Scenario, full_only
@@ -36,7 +36,7 @@ def test_ten_thousand_jobs_under_every_fault(start_stack: StartStack, scenario: 
     Meanwhile a worker is killed every few seconds, the broker flushed or restarted empty, and
     the database crashes.
     """
-    stack = start_stack(workers=2, REPLICATE_TIMEOUT_SECONDS="15")
+    stack = start_stack(workers=2, **PATIENT)
     stack.replicate.configure(latency_seconds=3)
     stack.replicate.push_fault(
         "create", "accept_then_drop", times=LOST_ANSWERS, probability=0.15, seed=scenario.seed

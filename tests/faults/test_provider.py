@@ -11,7 +11,7 @@ import pytest
 
 from tests.doubles.replicate_ledger import LedgerEntry
 from tests.faults.bodies import one_colour
-from tests.faults.harness import Stack, StartStack, wait_for
+from tests.faults.harness import PATIENT, Stack, StartStack, wait_for
 from tests.faults.oracle import check
 from tests.faults.records import (
     attempts_about,
@@ -23,8 +23,6 @@ from tests.faults.report import Scenario, full_only, sized
 SERVER_ERRORS = (500, 502, 503, 504)
 # From the permission to call until the call arrives, on a busy machine.
 ON_ITS_WAY_SECONDS = 0.5
-# On a busy machine an answer may take longer than 3 s without any fault.
-PATIENT = {"REPLICATE_TIMEOUT_SECONDS": "15"}
 # Requests that Replicate's API has besides the downloads, which have hosts of their own.
 API_CALLS = ("create", "get", "list", "cancel", "models", "secret")
 
