@@ -105,14 +105,15 @@ def test_f06_the_broker_is_restarted_empty(start_stack: StartStack, scenario: Sc
 @full_only
 def test_f07_the_broker_is_away_for_long(start_stack: StartStack, scenario: Scenario) -> None:
     """20 jobs, the broker down for 15 minutes: no worker exits, all is drained 60 s after."""
-    stack = start_stack(workers=2)
+    stack = start_stack(workers=2, **PATIENT)
+    stack.warm_up()
     stack.valkey.kill()
-    stack.post(20)
+    stack.post(20, per_second=10)
     time.sleep(900)
     assert len(stack.living_workers) == 2
     stack.valkey.start()
     drained_seconds = stack.wait_until_done(60)
-    stack.post(5)
+    stack.post(5, per_second=10)
     stack.wait_until_done(30)
     assert len(stack.living_workers) == 2
     posts = _post_seconds(stack)
