@@ -30,6 +30,7 @@ ORPHAN_PATIENCE_SECONDS = 120.0
 ORPHAN_MEMORY_SECONDS = 3600.0
 # Jobs that have begun are run without a message when theirs is not heard for so long.
 UNHEARD_SECONDS = 3.0
+RESUMES_AT_ONCE = 50
 # More would only queue before the provider's rate, and the poller's reads behind them.
 STOPS_AT_ONCE = 8
 LONGEST_PAUSE_SECONDS = 10.0
@@ -60,6 +61,10 @@ class Doorbell(Protocol):
 
 class Runs(Protocol):
     """The runs of this process."""
+
+    def unclaimed(self) -> Collection[UUID]:
+        """Return the jobs of runs that are about to claim them."""
+        ...
 
     def claimed(self) -> Collection[Lease]:
         """Return the leases of runs that have claimed their job."""
@@ -199,9 +204,15 @@ class Recovery:
         """Run jobs that have begun without waiting for their message any longer.
 
         What is paid for must not stand behind a queue of new jobs, nor wait for a slot: it needs
-        none, and Replicate deletes outputs after an hour.
+        none, and Replicate deletes outputs after an hour. A few at a time: more claims than the
+        database takes would only queue, and be begun again and again.
         """
-        for job_id in await self._repository.unheard(UNHEARD_SECONDS, BATCH):
+        waiting = self._runs.unclaimed()
+        room = RESUMES_AT_ONCE - len(waiting)
+        if room <= 0:
+            return
+        unheard = await self._repository.unheard(UNHEARD_SECONDS, room)
+        for job_id in set(unheard) - set(waiting):
             log.info("job_resumed_without_message", job_id=str(job_id))
             self._runs.start(job_id)
 

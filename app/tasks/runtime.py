@@ -65,6 +65,10 @@ class RunRegistry:
         """Forget a run that has ended."""
         self._runs.discard(run)
 
+    def unclaimed(self) -> Collection[UUID]:
+        """See `recovery.Runs`."""
+        return {run.job_id for run in self._runs if run.lease is None}
+
     def claimed(self) -> Collection[Lease]:
         """See `recovery.Runs`."""
         return [run.lease for run in self._runs if run.lease]

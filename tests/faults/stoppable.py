@@ -115,6 +115,9 @@ class _NoDoorbell:
 
 
 class _NoRuns:
+    def unclaimed(self) -> list[UUID]:
+        return []
+
     def claimed(self) -> list[Lease]:
         return []
 

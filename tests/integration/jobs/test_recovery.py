@@ -48,6 +48,10 @@ class FixedRuns:
     leases: list[Lease] = field(default_factory=list)
     stopped: list[Lease] = field(default_factory=list)
     started: list[UUID] = field(default_factory=list)
+    waiting: list[UUID] = field(default_factory=list)
+
+    def unclaimed(self) -> Collection[UUID]:
+        return self.waiting
 
     def claimed(self) -> Collection[Lease]:
         return self.leases
@@ -190,6 +194,25 @@ class TestUnheard:
         monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
         await worker.recovery.resume_unheard()
         assert worker.runs.started == [job_id]
+
+    async def test_one_that_waits_for_its_claim_here_is_not_begun_again(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        worker.runs.waiting = [await self._freed(worker)]
+        await worker.recovery.resume_unheard()
+        assert worker.runs.started == []
+
+    async def test_no_more_are_begun_than_the_database_takes(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        monkeypatch.setattr(module, "RESUMES_AT_ONCE", 2)
+        for _ in range(3):
+            await self._freed(worker)
+        worker.runs.waiting = [uuid4()]
+        await worker.recovery.resume_unheard()
+        assert len(worker.runs.started) == 1
 
     async def test_new_jobs_and_retries_that_are_not_due_are_not(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
