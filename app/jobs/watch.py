@@ -116,7 +116,7 @@ class PredictionWatcher:
         now = time.monotonic()
         if prediction.status == "processing" and watch.running_since is None:
             watch.running_since = now
-        if self._is_overdue(watch, now):
+        if watch.overdue_since is not None or self._is_overdue(watch, now):
             await self._end(prediction, watch, now)
 
     async def _end(self, prediction: Prediction, watch: _Watch, now: float) -> None:

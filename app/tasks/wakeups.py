@@ -33,7 +33,8 @@ async def listen(url: str, on_wakeup: Callable[[str], None]) -> None:
         redis = Redis.from_url(url, socket_timeout=LISTEN_SECONDS + 5, decode_responses=True)
         try:
             await _listen(redis, on_wakeup)
-        except (RedisError, OSError) as error:
+        except Exception as error:
+            # Redis is away, or somebody published what is no text: neither may end the worker.
             log.warning("wakeups_away", error=type(error).__name__)
             await asyncio.sleep(REST_SECONDS)
         finally:

@@ -21,6 +21,7 @@ from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import JobRepository, NewJob
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
+from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
 from tests.doubles.replicate_server import ReplicateServer
@@ -332,6 +333,68 @@ class TestLostCreates:
         job_id = await parts.add()
         assert (await parts.run_to_the_end(job_id))[-1] == "completed"
         assert len(replicate.creates()) == 2
+
+    async def test_one_that_the_provider_accepts_late_is_not_made_again(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its worker was killed in the middle of the call, and the call goes on."""
+        parts.change_reconcile_policy(call_seconds=3)
+        job_id = await parts.add()
+        with monkeypatch.context() as patch:
+            _die(patch, parts, "repository.begin_attempt", "after")
+            with pytest.raises(Died):
+                await parts.run(job_id)
+        [attempt] = await parts.repository.attempts(job_id)
+
+        async def arrive_late() -> None:
+            await asyncio.sleep(1.5)  # after the first look, before the call must be over
+            await parts.provider.create(PredictionRequest(attempt.model_name, attempt.input, 60))
+
+        arriving = asyncio.create_task(arrive_late())
+        await parts.repository.release_dead(0)
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        await arriving
+        assert len(replicate.creates()) == 1
+
+    async def test_its_id_is_kept_although_the_database_is_away_for_a_moment(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "RECORD_PAUSE_SECONDS", 0)
+        record, failures = parts.repository.record_prediction, [ConnectionRefusedError()] * 3
+
+        async def failing(*args: Any) -> bool:
+            if failures:
+                raise failures.pop()
+            return await record(*args)
+
+        monkeypatch.setattr(parts.repository, "record_prediction", failing)
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        assert failures == []
+        assert len(replicate.creates()) == 1
+        assert replicate.ledger().requests.get("list", 0) == 0
+
+    async def test_its_late_answer_is_left_to_whoever_has_the_job_by_now(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create = parts.provider.create
+
+        async def slow(*args: Any) -> Any:
+            prediction = await create(*args)
+            await parts.repository.release_dead(0)
+            assert await parts.repository.claim(job_id, uuid4(), 60) is not None
+            return prediction
+
+        job_id = await parts.add()
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.provider, "create", slow)
+            assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        [made] = replicate.creates()
+        [attempt] = await parts.repository.attempts(job_id)
+        assert (attempt.state, attempt.prediction_id) == ("submitted", made.id)
+        await parts.repository.release_dead(0)
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        assert len(replicate.creates()) == 1
 
 
 # Every step that changes something outside the process. The provider's ledger must show exactly one
