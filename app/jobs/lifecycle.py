@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import structlog
@@ -45,13 +45,28 @@ from app.jobs.watch import PredictionWatcher
 from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
 
-# Creates under way at once in this process; the others wait before they commit their intent.
-SUBMIT_CONCURRENCY = 100
+# Jobs that are being begun at once in this process, from the claim until the answer to the create
+# is kept; the others wait for their turn unclaimed. So a flood of new jobs can not get in the way
+# of those that are paid for.
+BEGUN_AT_ONCE = 100
 SEED_LIMIT = 2**31
 CREATE_GRACE_SECONDS = 2.0
 # For a database that is away just when the id must be kept.
 RECORD_SECONDS = 30.0
 RECORD_PAUSE_SECONDS = 1.0
+
+
+class RunWatch(Protocol):
+    """Whoever started a run, and wants to know how far it is."""
+
+    def begins(self) -> None:
+        """Its turn has come: it claims the job."""
+        ...
+
+    def owns(self, lease: Lease) -> None:
+        """It has claimed the job."""
+        ...
+
 
 # Whether a model has a parameter, and takes a value for it: `ParameterChecker.knows`.
 KnowsParameter = Callable[..., Awaitable[bool]]
@@ -95,45 +110,60 @@ class Lifecycle:
     def __init__(
         self,
         repository: JobRepository,
+        beginnings: JobRepository,
         provider: Provider,
         watcher: PredictionWatcher,
         keeper: OutputKeeper,
         knows_parameter: KnowsParameter,
         policy: LifecyclePolicy,
     ) -> None:
+        """`beginnings` is the repository on connections for what is not paid for yet.
+
+        However many jobs wait to be begun, none that has begun stands behind them.
+        """
         self._repository = repository
+        self._beginnings = beginnings
         self._provider = provider
         self._watcher = watcher
         self._keeper = keeper
         self._knows_parameter = knows_parameter
         self._policy = policy
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
-        self._submitting = asyncio.Semaphore(SUBMIT_CONCURRENCY)
+        self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
         self._suspects = asyncio.Lock()
         self._decoders = asyncio.Semaphore(DECODERS)
 
     async def run(
-        self, job_id: UUID, worker_id: UUID, on_claim: Callable[[Lease], None]
+        self, job_id: UUID, worker_id: UUID, watch: RunWatch, *, at_once: bool = False
     ) -> RunResult:
-        """Claim the job and bring it as far as it goes; `on_claim` hears of the lease.
+        """Claim the job and bring it as far as it goes; `at_once` if it has begun before.
 
         From pending (or processing without an owner) to completed, failed, or pending again
         for a retry. Raises only when the database fails; the job then stays claimed.
         """
-        claim = await self._repository.claim(job_id, worker_id, self._policy.job_deadline_seconds)
-        if claim is None:
-            return RunResult(Outcome.SKIPPED)
-        on_claim(claim.lease)
-        number = claim.job.retry_count + 1
-        with structlog.contextvars.bound_contextvars(
-            job_id=str(job_id), attempt=number, request_id=claim.job.request_id
-        ):
-            return await self._run_claimed(claim)
+        async with AsyncExitStack() as turn:
+            if not at_once:
+                await turn.enter_async_context(self._turns)
+            watch.begins()
+            claim = await self._claim(job_id, worker_id, at_once=at_once)
+            if claim is None:
+                return RunResult(Outcome.SKIPPED)
+            watch.owns(claim.lease)
+            with structlog.contextvars.bound_contextvars(
+                job_id=str(job_id),
+                attempt=claim.job.retry_count + 1,
+                request_id=claim.job.request_id,
+            ):
+                return await self._run_claimed(claim, turn)
 
-    async def _run_claimed(self, claim: Claim) -> RunResult:
+    async def _claim(self, job_id: UUID, worker_id: UUID, *, at_once: bool) -> Claim | None:
+        repository = self._repository if at_once else self._beginnings
+        return await repository.claim(job_id, worker_id, self._policy.job_deadline_seconds)
+
+    async def _run_claimed(self, claim: Claim, turn: AsyncExitStack) -> RunResult:
         log.info("job_claimed", phase=claim.job.phase, resumed=claim.attempt is not None)
         try:
-            await self._advance(claim)
+            await self._advance(claim, turn)
         except LeaseLost:
             log.info("lease_lost")
             return RunResult(Outcome.SKIPPED)
@@ -150,8 +180,11 @@ class Lifecycle:
         log.info("job_completed")
         return RunResult(Outcome.COMPLETED)
 
-    async def _advance(self, claim: Claim) -> None:
+    async def _advance(self, claim: Claim, turn: AsyncExitStack) -> None:
+        if claim.attempt is not None:
+            await turn.aclose()
         attempt, prediction = await self._prediction(claim)
+        await turn.aclose()
         attempt.prediction_id = prediction.id
         if not prediction.is_terminal:
             prediction = await self._wait(attempt, prediction.id)
@@ -188,14 +221,11 @@ class Lifecycle:
 
     async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
         request = await self._request(claim.job)
-        async with self._submitting:
-            await self._provider.admit()
-            intended_at = time.monotonic()
-            attempt = await self._repository.begin_attempt(
-                claim.lease, self._provider.name, request
-            )
-            creating = self._create(claim.lease, attempt, request, intended_at)
-            prediction = await _uninterrupted(creating)
+        await self._provider.admit()
+        intended_at = time.monotonic()
+        attempt = await self._beginnings.begin_attempt(claim.lease, self._provider.name, request)
+        creating = self._create(claim.lease, attempt, request, intended_at)
+        prediction = await _uninterrupted(creating)
         log.info(
             "prediction_created",
             prediction_id=prediction.id[:LOGGED_ID_CHARS],
@@ -282,7 +312,8 @@ class Lifecycle:
 
         If we die anywhere in here, the next owner downloads again and writes the same files.
         """
-        still_ours = partial(self._repository.begin_storing, claim.lease)
+        await self._repository.begin_storing(claim.lease)
+        still_ours = partial(self._repository.check_owned, claim.lease)
         decoding = partial(self._decoding, claim)
         with _ending(attempt, prediction, permanent_only=True):
             outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours, decoding)

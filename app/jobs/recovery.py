@@ -62,8 +62,8 @@ class Doorbell(Protocol):
 class Runs(Protocol):
     """The runs of this process."""
 
-    def unclaimed(self) -> Collection[UUID]:
-        """Return the jobs of runs that are about to claim them."""
+    def resuming(self) -> Collection[UUID]:
+        """Return the jobs that `start` was called for and that are not claimed yet."""
         ...
 
     def claimed(self) -> Collection[Lease]:
@@ -71,11 +71,11 @@ class Runs(Protocol):
         ...
 
     def job_ids(self) -> Collection[UUID]:
-        """Return the job of every run, claimed or about to."""
+        """Return the job of every run that has claimed it or is just about to."""
         ...
 
     def start(self, job_id: UUID) -> None:
-        """Run a job that needs no message."""
+        """Run a job that has begun before: at once, and without a message."""
         ...
 
     def stop(self, lease: Lease) -> None:
@@ -207,12 +207,12 @@ class Recovery:
         none, and Replicate deletes outputs after an hour. A few at a time: more claims than the
         database takes would only queue, and be begun again and again.
         """
-        waiting = self._runs.unclaimed()
-        room = RESUMES_AT_ONCE - len(waiting)
+        resuming = self._runs.resuming()
+        room = RESUMES_AT_ONCE - len(resuming)
         if room <= 0:
             return
         unheard = await self._repository.unheard(UNHEARD_SECONDS, room)
-        for job_id in set(unheard) - set(waiting):
+        for job_id in set(unheard) - set(resuming):
             log.info("job_resumed_without_message", job_id=str(job_id))
             self._runs.start(job_id)
 

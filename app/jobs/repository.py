@@ -457,6 +457,17 @@ class JobRepository:
         async with self._sessions.begin() as session:
             await _expect(session, _guarded(lease).values(phase=JobPhase.STORING))
 
+    async def check_owned(self, lease: Lease) -> None:
+        """Raise LeaseLost unless the job is ours and no cancel has been asked for.
+
+        One round trip, nothing written: it is asked before each thing that others could see.
+        """
+        query = select(jobs.id).where(*_owned(lease), jobs.cancel_requested_at.is_(None))
+        async with self._sessions() as session:
+            await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            if await session.scalar(query) is None:
+                raise LeaseLost
+
     async def begin_decoding(self, lease: Lease) -> None:
         """Count a crash in advance: decoding a file is what may kill the worker.
 
@@ -883,14 +894,18 @@ def _guarded(lease: Lease, *, cancelling: bool = False) -> Update:
 
     Once a cancel has been asked for, only what `cancelling` allows may still be written.
     """
-    statement = update(Job).where(
+    statement = update(Job).where(*_owned(lease))
+    if not cancelling:
+        statement = statement.where(jobs.cancel_requested_at.is_(None))
+    return statement.values(updated_at=func.now())
+
+
+def _owned(lease: Lease) -> Sequence[ColumnElement[bool]]:
+    return (
         jobs.id == lease.job_id,
         jobs.status == JobStatus.PROCESSING,
         jobs.lease_token == lease.token,
     )
-    if not cancelling:
-        statement = statement.where(jobs.cancel_requested_at.is_(None))
-    return statement.values(updated_at=func.now())
 
 
 def _submitted(attempt_id: UUID, prediction: Prediction) -> Any:

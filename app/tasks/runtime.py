@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
 from app.db import create_engine, create_sessions
@@ -34,6 +36,8 @@ STOP_SECONDS = 3.0
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 POOL_TIMEOUT_SECONDS = 60.0
+# Of the pool's connections, for jobs that are not paid for yet: those that are never queue there.
+BEGINNING_SHARE = 0.3
 # Sweep and heartbeat have connections of their own: behind that queue they would look dead.
 DUTY_CONNECTIONS = 3
 HEARTBEAT_CONNECTIONS = 1
@@ -43,17 +47,29 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Run:
+    """One run of a job: it waits for its turn, then claims, then owns the job."""
+
     job_id: UUID
+    at_once: bool
     task: asyncio.Task[RunResult] | None = None
+    has_begun: bool = False
     lease: Lease | None = None
+
+    def begins(self) -> None:
+        """See `RunWatch`."""
+        self.has_begun = True
+
+    def owns(self, lease: Lease) -> None:
+        """See `RunWatch`."""
+        self.lease = lease
 
 
 class RunRegistry:
     """The runs of this process; touched on the event loop only."""
 
-    def __init__(self, run: Callable[[UUID], Coroutine[Any, Any, RunResult]]) -> None:
-        """`run` runs a job from its claim on."""
-        self._run = run
+    def __init__(self, resume: Callable[[UUID], Coroutine[Any, Any, RunResult]]) -> None:
+        """`resume` runs a job that has begun before."""
+        self._resume = resume
         self._runs: set[_Run] = set()
         self._started: set[asyncio.Task[RunResult]] = set()
 
@@ -65,9 +81,13 @@ class RunRegistry:
         """Forget a run that has ended."""
         self._runs.discard(run)
 
-    def unclaimed(self) -> Collection[UUID]:
+    def is_waiting(self, job_id: UUID) -> bool:
+        """Tell whether a run of this job has yet to claim it: a second one is not needed."""
+        return any(run.job_id == job_id and run.lease is None for run in self._runs)
+
+    def resuming(self) -> Collection[UUID]:
         """See `recovery.Runs`."""
-        return {run.job_id for run in self._runs if run.lease is None}
+        return {run.job_id for run in self._runs if run.at_once and run.lease is None}
 
     def claimed(self) -> Collection[Lease]:
         """See `recovery.Runs`."""
@@ -75,11 +95,11 @@ class RunRegistry:
 
     def job_ids(self) -> Collection[UUID]:
         """See `recovery.Runs`."""
-        return [run.job_id for run in self._runs]
+        return [run.job_id for run in self._runs if run.has_begun]
 
     def start(self, job_id: UUID) -> None:
         """See `recovery.Runs`."""
-        task = asyncio.create_task(self._run(job_id))
+        task = asyncio.create_task(self._resume(job_id))
         self._started.add(task)
         task.add_done_callback(self._started.discard)
 
@@ -104,7 +124,7 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_id = uuid4()
-        self._runs = RunRegistry(self._run)
+        self._runs = RunRegistry(partial(self._run, at_once=True))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
@@ -144,10 +164,13 @@ class Runtime:
 
     async def _open(self) -> None:
         settings = self._settings
-        jobs = create_engine(settings, pool_timeout_seconds=POOL_TIMEOUT_SECONDS)
+        beginning = max(1, round(BEGINNING_SHARE * settings.database_pool_size))
+        going_on = max(1, settings.database_pool_size - beginning)
+        beginnings = _patient_engine(settings, beginning)
+        jobs = _patient_engine(settings, going_on)
         duties = create_engine(settings, pool_size=DUTY_CONNECTIONS)
         heartbeats = create_engine(settings, pool_size=HEARTBEAT_CONNECTIONS)
-        self._engines = (jobs, duties, heartbeats)
+        self._engines = (beginnings, jobs, duties, heartbeats)
         self._repository = JobRepository(create_sessions(duties))
         self._provider = create_provider(settings, lambda: self._recovery.living_workers)
         self._watcher = PredictionWatcher(
@@ -160,6 +183,7 @@ class Runtime:
         storage = create_storage(settings)
         self._lifecycle = Lifecycle(
             JobRepository(create_sessions(jobs)),
+            JobRepository(create_sessions(beginnings)),
             self._provider,
             self._watcher,
             OutputKeeper(
@@ -204,12 +228,13 @@ class Runtime:
         else:
             self._watcher.nudge(word)
 
-    async def _run(self, job_id: UUID) -> RunResult:
-        if self._is_stopping:
+    async def _run(self, job_id: UUID, *, at_once: bool = False) -> RunResult:
+        if self._is_stopping or (self._runs.is_waiting(job_id) and not at_once):
             return RunResult(Outcome.SKIPPED)
-        run = _Run(job_id)
+        run = _Run(job_id, at_once)
         self._runs.add(run)
-        run.task = asyncio.create_task(self._run_job(run))
+        running = self._lifecycle.run(job_id, self._worker_id, run, at_once=at_once)
+        run.task = asyncio.create_task(running)
         try:
             return await run.task
         except asyncio.CancelledError:
@@ -221,12 +246,6 @@ class Runtime:
             return RunResult(Outcome.SKIPPED)
         finally:
             self._runs.remove(run)
-
-    async def _run_job(self, run: _Run) -> RunResult:
-        def claimed(lease: Lease) -> None:
-            run.lease = lease
-
-        return await self._lifecycle.run(run.job_id, self._worker_id, claimed)
 
     async def _stop(self) -> None:
         for task in self._background:
@@ -251,6 +270,10 @@ def _end_with(duty: asyncio.Task[None]) -> None:
     if not duty.cancelled():
         log.critical("duty_ended", exc_info=duty.exception())
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _patient_engine(settings: Settings, connections: int) -> AsyncEngine:
+    return create_engine(settings, pool_size=connections, pool_timeout_seconds=POOL_TIMEOUT_SECONDS)
 
 
 def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:

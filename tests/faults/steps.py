@@ -46,6 +46,7 @@ TRANSACTIONS = [
     "may_still_submit",
     "record_prediction",
     "begin_storing",
+    "check_owned",
     "retry_later",
     "fail",
     "complete",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import psycopg
@@ -72,7 +73,7 @@ class StoppableWorker:
 
     async def _run(self, job_id: UUID) -> Outcome:
         try:
-            return (await self.lifecycle.run(job_id, self.id, lambda _: None)).outcome
+            return (await self.lifecycle.run(job_id, self.id, Mock())).outcome
         except Exception:
             # It lost its transaction: as in the service, the lease check finds jobs without a run.
             await insistently(self._release_all)
@@ -115,7 +116,7 @@ class _NoDoorbell:
 
 
 class _NoRuns:
-    def unclaimed(self) -> list[UUID]:
+    def resuming(self) -> list[UUID]:
         return []
 
     def claimed(self) -> list[Lease]:
@@ -160,7 +161,7 @@ async def stoppable_worker(
         deadline_seconds=10,
         concurrency=4,
     )
-    lifecycle = Lifecycle(repository, provider, watcher, keeper, checker.knows, POLICY)
+    lifecycle = Lifecycle(repository, repository, provider, watcher, keeper, checker.knows, POLICY)
     recovery = Recovery(
         repository,
         repository,

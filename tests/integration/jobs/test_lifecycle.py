@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import pytest
@@ -52,8 +53,8 @@ class Parts:
         reconciler = self.lifecycle._reconciler
         reconciler._policy = replace(reconciler._policy, **changes)
 
-    async def run(self, job_id: UUID) -> RunResult:
-        return await self.lifecycle.run(job_id, uuid4(), lambda _: None)
+    async def run(self, job_id: UUID, *, at_once: bool = False) -> RunResult:
+        return await self.lifecycle.run(job_id, uuid4(), Mock(), at_once=at_once)
 
     async def run_to_the_end(self, job_id: UUID) -> list[Outcome]:
         """Run as often as the sweep would ring."""
@@ -107,7 +108,7 @@ async def parts(
             call_seconds=0, grace_seconds=0, deadline_seconds=30, on_unknown_outcome="fail"
         ),
     )
-    lifecycle = Lifecycle(repository, provider, watcher, keeper, checker.knows, policy)
+    lifecycle = Lifecycle(repository, repository, provider, watcher, keeper, checker.knows, policy)
     yield Parts(repository, provider, keeper, watcher, lifecycle, settings.storage_path)
     await checker.aclose()
     await provider.aclose()

@@ -48,10 +48,10 @@ class FixedRuns:
     leases: list[Lease] = field(default_factory=list)
     stopped: list[Lease] = field(default_factory=list)
     started: list[UUID] = field(default_factory=list)
-    waiting: list[UUID] = field(default_factory=list)
+    unclaimed: list[UUID] = field(default_factory=list)
 
-    def unclaimed(self) -> Collection[UUID]:
-        return self.waiting
+    def resuming(self) -> Collection[UUID]:
+        return self.unclaimed
 
     def claimed(self) -> Collection[Lease]:
         return self.leases
@@ -199,7 +199,7 @@ class TestUnheard:
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
-        worker.runs.waiting = [await self._freed(worker)]
+        worker.runs.unclaimed = [await self._freed(worker)]
         await worker.recovery.resume_unheard()
         assert worker.runs.started == []
 
@@ -210,7 +210,7 @@ class TestUnheard:
         monkeypatch.setattr(module, "RESUMES_AT_ONCE", 2)
         for _ in range(3):
             await self._freed(worker)
-        worker.runs.waiting = [uuid4()]
+        worker.runs.unclaimed = [uuid4()]
         await worker.recovery.resume_unheard()
         assert len(worker.runs.started) == 1
 
