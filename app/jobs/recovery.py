@@ -24,6 +24,8 @@ from app.storage.base import Storage
 BATCH = 500
 # Enough messages to keep workers busy until the next round; more would only pile up.
 QUEUE_TARGET = 1000
+# A worker with so many jobs in line rings for no more: it would hear the same ones again and again.
+LINE_TARGET = 100
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
 # Replicate forgets inputs after an hour, and no prediction runs as long.
@@ -61,6 +63,10 @@ class Doorbell(Protocol):
 
 class Runs(Protocol):
     """The runs of this process."""
+
+    def waiting(self) -> int:
+        """Return how many jobs wait for their turn to be begun."""
+        ...
 
     def resuming(self) -> Collection[UUID]:
         """Return the jobs that `start` was called for and that are not claimed yet."""
@@ -190,8 +196,11 @@ class Recovery:
     async def ring_due(self) -> None:
         """Ring for jobs that are due and that nobody has picked up.
 
-        Never far beyond what the workers can take: the queue is only topped up.
+        Never far beyond what the workers can take: the queue is only topped up, and only by
+        workers that have room. Every message costs both sides time, also one that is not needed.
         """
+        if self._runs.waiting() >= LINE_TARGET:
+            return
         waiting = await asyncio.to_thread(self._doorbell.queue_length)
         room = min(BATCH, QUEUE_TARGET - waiting)
         if room <= 0:

@@ -116,6 +116,9 @@ class _NoDoorbell:
 
 
 class _NoRuns:
+    def waiting(self) -> int:
+        return 0
+
     def resuming(self) -> list[UUID]:
         return []
 

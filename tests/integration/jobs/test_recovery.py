@@ -49,6 +49,10 @@ class FixedRuns:
     stopped: list[Lease] = field(default_factory=list)
     started: list[UUID] = field(default_factory=list)
     unclaimed: list[UUID] = field(default_factory=list)
+    in_line: int = 0
+
+    def waiting(self) -> int:
+        return self.in_line
 
     def resuming(self) -> Collection[UUID]:
         return self.unclaimed
