@@ -4,9 +4,11 @@ was cancelled. A lost word costs latency: they look every second anyway.
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 CHANNEL = "media:predictions"
@@ -42,11 +44,21 @@ async def listen(url: str, on_wakeup: Callable[[str], None]) -> None:
 
 
 async def _listen(redis: Redis, on_wakeup: Callable[[str], None]) -> None:
-    async with redis.pubsub(ignore_subscribe_messages=True) as channel:
+    # Not `ignore_subscribe_messages`: what is ignored looks like silence, the answer to a ping too.
+    async with redis.pubsub() as channel:
         await channel.subscribe(CHANNEL)
         while True:
             message = await channel.get_message(timeout=LISTEN_SECONDS)
             if message is None:
-                await channel.ping()  # a half-open connection answers nothing, and fails
-            elif message["type"] == "message":
+                message = await _echo(channel)
+            if message["type"] == "message":
                 on_wakeup(message["data"])
+
+
+async def _echo(channel: PubSub) -> dict[str, Any]:
+    """Return whatever comes after a ping. Raises: TimeoutError - the connection is half open."""
+    await channel.ping()
+    message: dict[str, Any] | None = await channel.get_message(timeout=LISTEN_SECONDS)
+    if message is None:
+        raise TimeoutError
+    return message

@@ -1,6 +1,7 @@
 """What the API tells the workers, and what anybody may publish beside it."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from redis.asyncio import Redis
@@ -8,6 +9,7 @@ from redis.asyncio import Redis
 from app.tasks import wakeups
 from app.tasks.wakeups import CHANNEL, listen, wake
 from scripts.servers import Valkey
+from tests.faults.proxy import FaultProxy
 
 
 async def test_nonsense_on_the_channel_ends_nothing(
@@ -26,3 +28,35 @@ async def test_nonsense_on_the_channel_ends_nothing(
             await asyncio.sleep(0.02)
     assert not listening.done()
     listening.cancel()
+
+
+async def test_silence_costs_a_ping_now_and_then(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakeups, "LISTEN_SECONDS", 0.2)
+    async with Redis.from_url(valkey.url) as redis:
+        await redis.config_resetstat()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(listen(valkey.url, lambda _: None), 1)
+        commands = await redis.info("commandstats")
+    assert 2 <= commands["cmdstat_ping"]["calls"] <= 5
+
+
+async def test_a_connection_gone_silent_is_left(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakeups, "REST_SECONDS", 0)
+    monkeypatch.setattr(wakeups, "LISTEN_SECONDS", 0.2)
+    heard: list[str] = []
+    with FaultProxy(valkey.port) as proxy:
+        url = valkey.url.replace(str(valkey.port), str(proxy.port))
+        listening = asyncio.create_task(listen(url, heard.append))
+        async with Redis.from_url(valkey.url) as redis, asyncio.timeout(20):
+            while not await redis.publish(CHANNEL, "before"):
+                await asyncio.sleep(0.02)
+            proxy.hold()
+            proxy.forget()
+            while "after" not in heard:
+                await wake(redis, "after")
+                await asyncio.sleep(0.02)
+        listening.cancel()
