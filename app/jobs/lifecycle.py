@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -312,12 +313,16 @@ class Lifecycle:
 
         If we die anywhere in here, the next owner downloads again and writes the same files.
         """
-        await self._repository.begin_storing(claim.lease)
-        still_ours = partial(self._repository.check_owned, claim.lease)
+        still_ours = self._ownership(claim.lease)
         decoding = partial(self._decoding, claim)
         with _ending(attempt, prediction, permanent_only=True):
             outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours, decoding)
         await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+
+    def _ownership(self, lease: Lease) -> Callable[[], Awaitable[None]]:
+        """Return a check that raises LeaseLost; its first call says that the outputs are stored."""
+        checks = chain([self._repository.begin_storing], repeat(self._repository.check_owned))
+        return lambda: next(checks)(lease)
 
     @asynccontextmanager
     async def _decoding(self, claim: Claim) -> AsyncIterator[None]:

@@ -1,5 +1,6 @@
 """The one Celery task: hand a job to the event loop and wait for how its run ends."""
 
+import gc
 from typing import Any
 from uuid import UUID
 
@@ -56,6 +57,8 @@ def _refuse_other_pools(sender: Any, **_: Any) -> None:
     if "thread" not in sender.pool_cls.__module__:
         raise SystemExit("This worker runs with --pool threads only (the default here).")
     runtime.start()
+    gc.collect()
+    gc.freeze()  # modules are not garbage: to look again and again would take a tenth of the time
 
 
 @worker_ready.connect
