@@ -50,6 +50,9 @@ from app.providers.outcome import raise_for_outcome
 # is kept; the others wait for their turn unclaimed. So a flood of new jobs can not get in the way
 # of those that are paid for.
 BEGUN_AT_ONCE = 100
+# With so many predictions that have ended and are not stored yet, none is begun: what is paid for
+# is kept before more is bought, however slow the disk, the network or this process is.
+UNSTORED_LIMIT = 50
 SEED_LIMIT = 2**31
 CREATE_GRACE_SECONDS = 2.0
 # For a database that is away just when the id must be kept.
@@ -131,6 +134,9 @@ class Lifecycle:
         self._policy = policy
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
+        self._unstored = 0
+        self._shelf_has_room = asyncio.Event()
+        self._shelf_has_room.set()
         self._suspects = asyncio.Lock()
         self._decoders = asyncio.Semaphore(DECODERS)
 
@@ -145,6 +151,7 @@ class Lifecycle:
         async with AsyncExitStack() as turn:
             if not at_once:
                 await turn.enter_async_context(self._turns)
+                await self._shelf_has_room.wait()
             watch.begins()
             claim = await self._claim(job_id, worker_id, at_once=at_once)
             if claim is None:
@@ -189,6 +196,10 @@ class Lifecycle:
         attempt.prediction_id = prediction.id
         if not prediction.is_terminal:
             prediction = await self._wait(attempt, prediction.id)
+        with self._on_the_shelf():
+            await self._finish(claim, attempt, prediction)
+
+    async def _finish(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
         log.info(
             "prediction_ended",
             prediction_id=prediction.id[:LOGGED_ID_CHARS],
@@ -197,6 +208,22 @@ class Lifecycle:
         with _ending(attempt, prediction):
             raise_for_outcome(prediction)
         await self._store(claim, attempt, prediction)
+
+    @contextmanager
+    def _on_the_shelf(self) -> Iterator[None]:
+        """Count a prediction that has ended until it is stored, or its run is over."""
+        self._count_unstored(1)
+        try:
+            yield
+        finally:
+            self._count_unstored(-1)
+
+    def _count_unstored(self, change: int) -> None:
+        self._unstored += change
+        if self._unstored < UNSTORED_LIMIT:
+            self._shelf_has_room.set()
+        else:
+            self._shelf_has_room.clear()
 
     async def _prediction(self, claim: Claim) -> tuple[Attempt, Prediction]:
         attempt = claim.attempt

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,66 @@ def _die(patch: pytest.MonkeyPatch, parts: Parts, step: str, moment: str) -> Cal
 
     patch.setattr(owner, name, dying)
     return lambda: bool(dead)
+
+
+class TestFlood:
+    """However many jobs are new, those that are paid for come first."""
+
+    async def test_a_job_that_has_begun_passes_the_line(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun = await parts.add()
+        with monkeypatch.context() as patch:
+            _die(patch, parts, "repository.record_prediction", "after")
+            with pytest.raises(Died):
+                await parts.run(begun)
+        await parts.repository.release_dead(0)
+        async with _only_turn_taken(parts):
+            waiting = asyncio.create_task(parts.run(await parts.add()))
+            assert (await parts.run(begun, at_once=True)).outcome is Outcome.COMPLETED
+            assert len(replicate.creates()) == 1
+        assert (await waiting).outcome is Outcome.COMPLETED
+
+    async def test_who_waits_in_line_owns_nothing(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        job_id = await parts.add()
+        async with _only_turn_taken(parts):
+            waiting = asyncio.create_task(parts.run(job_id))
+            await asyncio.sleep(0.1)
+            assert (await parts.job(job_id)).status is JobStatus.PENDING
+            await parts.repository.cancel(job_id)
+        assert (await waiting).outcome is Outcome.SKIPPED
+        assert replicate.creates() == []
+
+    async def test_none_is_begun_while_too_many_are_not_stored(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.jobs.lifecycle.UNSTORED_LIMIT", 1)
+        storing, go_on = asyncio.Event(), asyncio.Event()
+        keep = parts.keeper.keep
+
+        async def slow(*args: Any) -> Any:
+            storing.set()
+            await go_on.wait()
+            return await keep(*args)
+
+        monkeypatch.setattr(parts.keeper, "keep", slow)
+        first = asyncio.create_task(parts.run(await parts.add()))
+        await storing.wait()
+        second = asyncio.create_task(parts.run(await parts.add()))
+        await asyncio.sleep(0.3)
+        assert len(replicate.creates()) == 1
+        go_on.set()
+        assert {(await run).outcome for run in (first, second)} == {Outcome.COMPLETED}
+
+
+@asynccontextmanager
+async def _only_turn_taken(parts: Parts) -> AsyncIterator[None]:
+    """Have room for one job to be begun, and that one taken."""
+    parts.lifecycle._turns = asyncio.Semaphore(1)
+    async with parts.lifecycle._turns:
+        yield
 
 
 class TestPausedWorker:

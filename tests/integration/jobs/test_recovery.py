@@ -161,6 +161,12 @@ class TestRinging:
         await worker.recovery.ring_due()
         assert worker.doorbell.rung == []
 
+    async def test_a_worker_with_a_long_line_rings_for_no_more(self, worker: Worker) -> None:
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        worker.runs.in_line = module.LINE_TARGET
+        await worker.recovery.ring_due()
+        assert worker.doorbell.rung == []
+
     async def test_freed_jobs_of_a_dead_worker_are_rung(self, worker: Worker) -> None:
         claim = await worker.claim()  # by a worker that has never said that it lives
         await worker.recovery.sweep()
