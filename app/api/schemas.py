@@ -142,6 +142,7 @@ JOB_EXAMPLE: dict[str, Any] = {
             "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
             "width": 1024,
             "height": 1024,
+            "duration_seconds": None,
             "deleted_at": None,
         }
     ],
@@ -166,6 +167,7 @@ class OutputView(BaseModel):
     sha256: str
     width: int | None
     height: int | None
+    duration_seconds: float | None = Field(description="How long it plays, where its file says so.")
     deleted_at: datetime | None = Field(description="Since when: its retention time is over.")
 
 
@@ -263,5 +265,6 @@ def _output_view(output: Output, base_url: str, deleted_at: datetime | None) -> 
         sha256=output.sha256,
         width=output.width,
         height=output.height,
+        duration_seconds=output.duration_seconds,
         deleted_at=deleted_at,
     )

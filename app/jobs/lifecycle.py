@@ -48,8 +48,9 @@ from app.providers.outcome import raise_for_outcome
 
 # Jobs that are being begun at once in this process, from the claim until the answer to the create
 # is kept; the others wait for their turn unclaimed. So a flood of new jobs can not get in the way
-# of those that are paid for.
-BEGUN_AT_ONCE = 100
+# of those that are paid for. As many as may be held open by `Prefer: wait`: at five seconds each,
+# a dozen creates a second.
+BEGUN_AT_ONCE = 64
 # With so many predictions that have ended and are not stored yet, none is begun: what is paid for
 # is kept before more is bought, however slow the disk, the network or this process is.
 UNSTORED_LIMIT = 50

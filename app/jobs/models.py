@@ -216,6 +216,7 @@ class Output(SQLModel, table=True):
     sha256: str = Field(sa_type=String(64))
     width: int | None = None
     height: int | None = None
+    duration_seconds: float | None = None
 
 
 class DeletionKind(StrEnum):

@@ -16,9 +16,10 @@ from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs.models import Attempt, Job, Output
 from app.media import sniff
 from app.media.decoder import Decoder
+from app.media.duration import duration_seconds
 from app.media.errors import BadPicture
 from app.providers.base import Prediction, Provider
-from app.providers.outcome import output_values
+from app.providers.outcome import is_address, output_values
 from app.storage.base import Storage, media_key, metadata_key
 
 MAX_OUTPUTS = 100
@@ -73,7 +74,7 @@ class OutputKeeper:
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
-        values = _joined(list(output_values(prediction.output)))
+        values = _joined(output_values(prediction.output))
         if not values:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
@@ -114,7 +115,7 @@ class OutputKeeper:
             width, height = await check(path, media_type)
             if width is not None and not self._store_original_format:
                 media_type = sniff.PNG
-            size_bytes, sha256 = await asyncio.to_thread(_measure, path)
+            size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         except TimeoutError as error:
             raise ProviderError(
                 FailureClass.TRANSIENT, "download_failed", "The download took too long."
@@ -130,6 +131,7 @@ class OutputKeeper:
             sha256=sha256,
             width=width,
             height=height,
+            duration_seconds=seconds,
         )
 
     async def _fetch(self, value: Any, path: Path) -> bytes:
@@ -153,7 +155,7 @@ class OutputKeeper:
         return head
 
     async def _chunks(self, value: Any) -> AsyncIterator[bytes]:
-        if _is_address(value):
+        if is_address(value):
             async for chunk in self._provider.download(value):
                 yield chunk
         elif isinstance(value, str):
@@ -234,7 +236,7 @@ def _media_type(value: Any, head: bytes) -> str:
 
     Raises: ProviderError.
     """
-    if not _is_address(value):
+    if not is_address(value):
         return "text/plain" if isinstance(value, str) else "application/json"
     found = sniff.media_type(head)
     if found == "text/html":
@@ -259,19 +261,15 @@ def _promises_picture(address: str) -> bool:
 
 def _joined(values: list[Any]) -> list[Any]:
     """Language models give their text as a list of pieces: it is one output."""
-    if len(values) > 1 and all(isinstance(v, str) and not _is_address(v) for v in values):
+    if len(values) > 1 and all(isinstance(v, str) and not is_address(v) for v in values):
         return ["".join(values)]
     return values
 
 
-def _is_address(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("https:", "http:", "data:", "mock:"))
-
-
-def _measure(path: Path) -> tuple[int, str]:
+def _measure(path: Path, media_type: str) -> tuple[int, str, float | None]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return path.stat().st_size, sha256
+    return path.stat().st_size, sha256, duration_seconds(path, media_type)
 
 
 def _write(path: Path, text: str) -> None:

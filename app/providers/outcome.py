@@ -55,19 +55,31 @@ def _failure(prediction: Prediction) -> ProviderError:
     return ProviderError(FailureClass.PERMANENT, "prediction_failed", said)
 
 
-def output_values(output: Any) -> Iterator[Any]:
-    """Yield every file or value in a prediction's output, in order.
+def output_values(output: Any) -> list[Any]:
+    """Return what a prediction's output is made of, in order: each becomes one file.
 
-    An output may be nothing, one value, a list or an object of them, at any depth; what is
-    yielded are strings (URLs, data URLs or text) and other plain values.
+    An output may be nothing, one value, or lists and objects of them at any depth. With addresses
+    of files in it every value stands for itself, be it an address or not. Without any a list of
+    texts is those texts, and everything else is one document that makes sense only as a whole:
+    an embedding, say, or a caption with its score.
     """
-    if output is None:
-        return
+    leaves = list(_leaves(output))
+    if not leaves or any(is_address(leaf) for leaf in leaves):
+        return leaves
+    is_text = isinstance(output, list) and all(isinstance(item, str | None) for item in output)
+    return leaves if is_text else [output]
+
+
+def is_address(value: Any) -> bool:
+    """Tell whether this is where a file can be fetched, or the file itself as a data URL."""
+    return isinstance(value, str) and value.startswith(("https:", "http:", "data:", "mock:"))
+
+
+def _leaves(output: Any) -> Iterator[Any]:
+    if isinstance(output, dict):
+        output = list(output.values())
     if isinstance(output, list):
         for item in output:
-            yield from output_values(item)
-    elif isinstance(output, dict):
-        for item in output.values():
-            yield from output_values(item)
-    else:
+            yield from _leaves(item)
+    elif output is not None:
         yield output

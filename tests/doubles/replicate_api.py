@@ -28,7 +28,7 @@ from tests.doubles.replicate_replies import (
     Reply,
     extension,
     file_reply,
-    picture,
+    made_file,
     status_reply,
 )
 from tests.doubles.replicate_settings import (
@@ -42,7 +42,7 @@ from tests.doubles.replicate_webhooks import Webhooks
 Handler = Callable[[Request], Awaitable[Reply]]
 
 VERSION = re.compile(r"(?:([^/:]+/[^/:]+):)?([0-9a-f]{64})|([^/:]+/[^/:]+)")
-OUTPUT_NAME = re.compile(r"out-(\d+)\.([a-z]+)")
+OUTPUT_NAME = re.compile(r"out-(\d+)\.([a-z0-9]+)")
 NOT_FOUND = "The requested resource could not be found."
 
 
@@ -221,9 +221,9 @@ class ReplicateApi:
         if index is None:
             return Response("Not Found", 404, media_type="text/plain")
         fault = self.ledger.take_fault("download", FILE_FAULTS, prediction.prompt)
-        inputs = prediction.request.input
-        content = await asyncio.to_thread(picture, prediction.id, index, inputs)
-        return file_reply(content, MEDIA_TYPES[extension(inputs)], fault)
+        model, inputs = prediction.request.model, prediction.request.input
+        content = await asyncio.to_thread(made_file, model, prediction.id, index, inputs)
+        return file_reply(content, MEDIA_TYPES[extension(model, inputs)], fault)
 
     def _file_index(self, prediction: Prediction, file_name: str) -> int | None:
         """Which output the name means; None when it is no output, not made yet or expired."""
@@ -234,8 +234,9 @@ class ReplicateApi:
         if match is None or expired or not prediction.has_output(now):
             return None
         index, suffix = int(match[1]), match[2]
-        inputs = prediction.request.input
-        return index if index < output_count(inputs) and suffix == extension(inputs) else None
+        model, inputs = prediction.request.model, prediction.request.input
+        is_one = index < output_count(inputs) and suffix == extension(model, inputs)
+        return index if is_one else None
 
 
 async def _exchange(fault: Fault | None, handler: Handler, request: Request) -> Reply:

@@ -193,8 +193,12 @@ def output_of(prediction: Prediction, files_origin: str) -> Any:
     """The output of a prediction that has one, in the shape the settings asked for at its time."""
     if prediction.fate is not None and prediction.fate.kind == "output":
         return prediction.fate.output
-    inputs = prediction.request.input
-    suffix = extension(inputs)
+    model, inputs = prediction.request.model, prediction.request.input
+    if model.endswith("/writer"):
+        return [f"{word} " for word in f"Once upon a time: {inputs['prompt']}".split()]
+    if model.endswith("/judge"):
+        return {"caption": inputs["prompt"], "score": 0.5}
+    suffix = extension(model, inputs)
     urls = [
         f"{files_origin}/files/{prediction.id}/out-{index}.{suffix}"
         for index in range(output_count(inputs))

@@ -11,6 +11,7 @@ import struct
 from asyncio import Transport
 from collections.abc import AsyncIterator
 from http.client import responses
+from random import Random
 from typing import Any, Protocol, cast
 
 from PIL import Image, ImageOps
@@ -21,9 +22,17 @@ from starlette.types import Receive, Scope, Send
 from tests.doubles.replicate_settings import Fault
 
 PROBLEM_JSON = "application/problem+json"
-MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+}
 PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 FLOOD_CHUNK_BYTES = 64 * 1024
+# The box that every MP4 file begins with, for players of the base format.
+MP4_HEAD = b"\0\0\0\x18ftypisom\0\0\x02\0isommp41"
+VIDEO_BYTES = 300_000
 
 
 class Reply(Protocol):
@@ -113,6 +122,13 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def made_file(model: str, prediction_id: str, index: int, inputs: dict[str, Any]) -> bytes:
+    """An output file of this model: the same bytes each time, other bytes for each prediction."""
+    if extension(model, inputs) == "mp4":
+        return MP4_HEAD + Random(f"{prediction_id}/{index}").randbytes(VIDEO_BYTES)
+    return picture(prediction_id, index, inputs)
+
+
 def picture(prediction_id: str, index: int, inputs: dict[str, Any]) -> bytes:
     """A gradient of `width` x `height` (64 x 64 when not given) as png, jpg or webp.
 
@@ -124,7 +140,7 @@ def picture(prediction_id: str, index: int, inputs: dict[str, Any]) -> bytes:
     gradient = Image.linear_gradient("L").resize(size)
     image = ImageOps.colorize(gradient, black=_rgb(digest[:3]), white=_rgb(digest[3:6]))
     encoded = io.BytesIO()
-    image.save(encoded, PIL_FORMATS[extension(inputs)], compress_level=1)
+    image.save(encoded, PIL_FORMATS[_picture_format(inputs)], compress_level=1)
     return encoded.getvalue()
 
 
@@ -136,10 +152,17 @@ def _rgb(digest: bytes) -> tuple[int, int, int]:
     return digest[0], digest[1], digest[2]
 
 
-def extension(inputs: dict[str, Any]) -> str:
-    """File name extension of the outputs: the input's `output_format` if it is a known one."""
+def extension(model: str, inputs: dict[str, Any]) -> str:
+    """File name extension of the outputs: the input's `output_format` if it is a known one.
+
+    A model with the name `filmer` makes videos.
+    """
+    return "mp4" if model.endswith("/filmer") else _picture_format(inputs)
+
+
+def _picture_format(inputs: dict[str, Any]) -> str:
     wanted = inputs.get("output_format")
-    return wanted if wanted in MEDIA_TYPES else "png"
+    return wanted if wanted in PIL_FORMATS else "png"
 
 
 def file_reply(content: bytes, media_type: str, fault: Fault | None) -> Reply:

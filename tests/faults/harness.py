@@ -339,6 +339,7 @@ class Stack:
         threads: int = 8,
         repeat_seconds: float = 0,
         words: str = "",
+        model: str = MODEL,
         **parameters: Any,
     ) -> list[str]:
         """POST so many jobs; return the ids that were answered with 201, in any order.
@@ -356,7 +357,7 @@ class Stack:
                 clients.append(local.client)
             if per_second:
                 time.sleep(max(0.0, begin + number / per_second - time.monotonic()))
-            return self._post_one(local.client, repeat_seconds, words, parameters)
+            return self._post_one(local.client, repeat_seconds, words, model, parameters)
 
         with ThreadPoolExecutor(threads) as pool:
             ids = list(pool.map(post_one, range(count)))
@@ -365,14 +366,19 @@ class Stack:
         return [job_id for job_id in ids if job_id]
 
     def _post_one(
-        self, client: httpx.Client, repeat_seconds: float, words: str, parameters: dict[str, Any]
+        self,
+        client: httpx.Client,
+        repeat_seconds: float,
+        words: str,
+        model: str,
+        parameters: dict[str, Any],
     ) -> str | None:
         give_up_at = time.monotonic() + repeat_seconds
         size = {"width": 64, "height": 64}
         while True:
             body = {
                 "prompt": self.prompt(words),
-                "model_name": MODEL,
+                "model_name": model,
                 "parameters": size | parameters,
             }
             response = self.request(client, "POST", "/api/v1/generate", json=body)

@@ -8,20 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 import httpx
-import obstore
 import pytest
-from obstore.store import S3Store
 from PIL import Image
 
+from tests.faults.bucket import bucket_settings, fetch_bucket
 from tests.faults.harness import Stack, StartStack, wait_for
 from tests.faults.oracle import check
 from tests.faults.proxy import FaultProxy
 from tests.faults.report import Scenario, full_only, sized
 from tests.faults.test_workers import keep_workers
-from tests.s3_server import KEYS
 
 SMALL = "size=8m"
 LARGE = "size=256m"
@@ -129,9 +126,7 @@ def test_f27_the_bucket_fails(
 ) -> None:
     """50 jobs, the bucket fails for 20 s: none is completed without its file, all finish after."""
     with FaultProxy(httpx.URL(s3_url).port or 0) as s3:
-        url = f"s3://media/{uuid4().hex}"
-        bucket = {"STORAGE_URL": url, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.port}", **KEYS}
-        stack = start_stack(**bucket)
+        stack = start_stack(**bucket_settings(f"http://127.0.0.1:{s3.port}"))
         BUCKET_FAILURES[manner](s3)
         stack.post(50)
         time.sleep(20)
@@ -139,25 +134,8 @@ def test_f27_the_bucket_fails(
         s3.pass_on()
         rest_seconds = stack.wait_until_done(120)
     assert set(stack.counts()) == {"completed"}
-    _fetch_all(url, s3_url, stack)
+    fetch_bucket(stack, s3_url)
     scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
-
-
-def _fetch_all(url: str, endpoint_url: str, stack: Stack) -> None:
-    """Copy the bucket to where the oracle looks for files."""
-    store = S3Store.from_url(
-        url,
-        endpoint=endpoint_url,
-        access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        region="us-east-1",
-        client_options={"allow_http": True},
-    )
-    for batch in obstore.list(store):
-        for found in batch:
-            target = stack.media.parent / found["path"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(bytes(obstore.get(store, found["path"]).bytes()))
 
 
 @full_only

@@ -26,7 +26,10 @@ from app.jobs.watch import PredictionWatcher
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
+from app.storage.base import Storage, media_key, metadata_key
+from app.storage.s3 import S3Storage
 from tests.doubles.replicate_server import ReplicateServer
+from tests.s3_server import KEYS
 
 pytestmark = pytest.mark.usefixtures("watching")
 
@@ -44,6 +47,7 @@ class Parts:
     keeper: OutputKeeper
     watcher: PredictionWatcher
     lifecycle: Lifecycle
+    storage: Storage
     media: Path
 
     async def add(self, **parameters: Any) -> UUID:
@@ -73,17 +77,26 @@ class Parts:
     async def assert_stored(self, job_id: UUID) -> None:
         """Row and files agree."""
         [output] = (await self.repository.outputs([job_id]))[job_id]
-        data = (self.media / output.name).read_bytes()
+        data = await _read(self.storage, media_key(output.name))
         assert (len(data), hashlib.sha256(data).hexdigest()) == (output.size_bytes, output.sha256)
-        document = json.loads((self.media.parent / "metadata" / f"{job_id}.json").read_text())
+        document = json.loads(await _read(self.storage, metadata_key(job_id)))
         assert document["job_id"] == str(job_id)
         assert document["outputs"][0]["sha256"] == output.sha256
-        assert list((self.media / ".incoming").iterdir()) == []
+        assert list(self.storage.workspace.iterdir()) == []
+
+
+async def _read(storage: Storage, key: str) -> bytes:
+    return b"".join([chunk async for chunk in storage.read(key)])
+
+
+@pytest.fixture
+def storage(settings: Settings) -> Storage:
+    return create_storage(settings)
 
 
 @pytest.fixture
 async def parts(
-    settings: Settings, repository: JobRepository, replicate: ReplicateServer
+    settings: Settings, repository: JobRepository, replicate: ReplicateServer, storage: Storage
 ) -> AsyncIterator[Parts]:
     provider = ReplicateProvider(
         replicate.token, replicate.origin, timeout_seconds=1, prefer_wait_seconds=1
@@ -93,7 +106,7 @@ async def parts(
     )
     keeper = OutputKeeper(
         provider,
-        create_storage(settings),
+        storage,
         max_bytes=10 << 20,
         max_pixels=10_000_000,
         deadline_seconds=5,
@@ -110,7 +123,7 @@ async def parts(
         ),
     )
     lifecycle = Lifecycle(repository, repository, provider, watcher, keeper, checker.knows, policy)
-    yield Parts(repository, provider, keeper, watcher, lifecycle, settings.storage_path)
+    yield Parts(repository, provider, keeper, watcher, lifecycle, storage, settings.storage_path)
     await checker.aclose()
     await provider.aclose()
 
@@ -439,6 +452,21 @@ class TestDeath:
         assert (await parts.job(job_id)).status is JobStatus.COMPLETED
         assert len(replicate.creates()) == 1
         await parts.assert_stored(job_id)
+
+
+class TestDeathBesideABucket(TestDeath):
+    """The same with the files on S3."""
+
+    @pytest.fixture
+    def storage(self, s3_url: str, tmp_path: Path) -> Storage:
+        return S3Storage(
+            f"s3://media/{uuid4().hex}",
+            tmp_path / "workspace",
+            endpoint_url=s3_url,
+            region="us-east-1",
+            access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+            secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        )
 
 
 def _die(patch: pytest.MonkeyPatch, parts: Parts, step: str, moment: str) -> Callable[[], bool]:

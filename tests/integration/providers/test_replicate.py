@@ -672,7 +672,7 @@ class TestGet:
     ) -> None:
         double.configure(output_kind=kind)
         created = await provider.create(REQUEST)
-        assert len(list(output_values(created.output))) == count
+        assert len(output_values(created.output)) == count
 
     async def test_removed_data_is_seen(
         self, provider: ReplicateProvider, double: ReplicateServer

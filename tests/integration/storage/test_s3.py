@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from obstore.store import MemoryStore
 
 from app.errors import StorageError
 from app.storage import s3
@@ -39,6 +40,19 @@ class TestContract(StorageContract):
     @pytest.fixture
     def storage(self, s3_url: str, tmp_path: Path) -> Storage:
         return bucket(s3_url, tmp_path / "workspace")
+
+
+class TestContractInMemory(StorageContract):
+    """The same code on obstore's store in memory: nothing hangs on what one server does."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        storage = bucket("http://127.0.0.1:1", tmp_path / "workspace")
+        storage._store = MemoryStore()  # type: ignore[assignment]
+        return storage
+
+    async def test_a_large_file_comes_back_in_bounded_chunks(self, storage: Storage) -> None:
+        pytest.skip("what is in memory is there in one piece already")
 
 
 class TestAddresses:

@@ -8,6 +8,8 @@ from app.errors import FailureClass, ProviderError
 from app.providers.base import TERMINAL_STATES, Prediction
 from app.providers.outcome import MESSAGE_CHARS, output_values, raise_for_outcome
 
+URL, DATA = "https://files/x.png", "data:image/png;base64,iVBORw0K"
+
 
 def ended(
     status: str, error: str | None = None, output: Any = None, *, data_removed: bool = False
@@ -105,13 +107,17 @@ def test_terminal_states_are(status: str) -> None:
         ([None, [None]], []),
         ("https://files/x.png", ["https://files/x.png"]),
         (["a", "b"], ["a", "b"]),
-        ({"images": ["a", "b"], "seed": 7}, ["a", "b", 7]),
-        ([["a"], {"x": {"y": "b"}}, "c"], ["a", "b", "c"]),
+        ({"images": [URL, DATA], "seed": 7}, [URL, DATA, 7]),
+        ([[URL], {"x": {"y": DATA}}, "c", None], [URL, DATA, "c"]),
+        ([None, "a"], ["a"]),
+        ({"caption": "a cat", "score": 0.5}, [{"caption": "a cat", "score": 0.5}]),
+        ([0.1, 0.2, 0.3], [[0.1, 0.2, 0.3]]),
+        ([{"label": "cat"}, {"label": "dog"}], [[{"label": "cat"}, {"label": "dog"}]]),
         (0, [0]),
         (False, [False]),
         ("", [""]),
         (1.5, [1.5]),
     ],
 )
-def test_output_values_are_every_leaf_in_order(output: Any, values: list[Any]) -> None:
-    assert list(output_values(output)) == values
+def test_output_values_are_files_texts_or_one_document(output: Any, values: list[Any]) -> None:
+    assert output_values(output) == values
