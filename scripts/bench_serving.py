@@ -58,6 +58,11 @@ def main() -> int:
     options.add_argument("--requests", type=int, default=300, help="of each server in each round")
     options.add_argument("--rounds", type=int, default=5)
     given = options.parse_args()
+    return bench(given.requests, given.rounds)
+
+
+def bench(requests: int, rounds: int) -> int:
+    """Measure and print; return the exit code of `main`."""
     if not installed():
         print("nginx is missing: apt-get install nginx-light (Debian, Ubuntu).", file=sys.stderr)
         return 2
@@ -66,7 +71,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as folder, ExitStack() as stack:
         servers = _start(Path(folder), stack)
-        return _report(_measure(servers, given.requests, given.rounds))
+        return _report(_measure(servers, requests, rounds))
 
 
 class Server:
