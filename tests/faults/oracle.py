@@ -204,9 +204,11 @@ class _Oracle:
             self._file_matches(output)
         for path in _files(self._stack.media):
             self._expect(path.name in named, f"O3: a file without a row: {path.name}")
+        stems = {str(job_id) for job_id in completed}
         for path in _files(self._stack.metadata):
-            known = path.stem in {str(job_id) for job_id in completed}
-            self._expect(known, f"O3: metadata of a job that did not complete: {path.name}")
+            self._expect(
+                path.stem in stems, f"O3: metadata of a job that did not complete: {path.name}"
+            )
         self.files = len(outputs)
         self._no_old_temp()
 
