@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
-import uvloop
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
@@ -130,7 +129,7 @@ class Runtime:
         self._settings = settings
         self._worker_id = uuid4()
         self._runs = RunRegistry(partial(self._run, at_once=True))
-        self._loop = uvloop.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
         self._is_stopping = False

@@ -25,7 +25,8 @@ async def wake(redis: Redis, word: str) -> None:
     """Tell the workers: a prediction's id, or `CANCELLED`."""
     try:
         await asyncio.wait_for(redis.publish(CHANNEL, word), PUBLISH_SECONDS)
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, RuntimeError) as error:
+        # RuntimeError: what uvloop says when the connection has just been closed.
         log.warning("wakeup_lost", error=type(error).__name__)
 
 

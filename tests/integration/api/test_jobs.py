@@ -53,6 +53,7 @@ class TestStatus:
             "sha256": hashlib.sha256(b"the second").hexdigest(),
             "width": 64,
             "height": 48,
+            "duration_seconds": None,
             "deleted_at": None,
         }
 

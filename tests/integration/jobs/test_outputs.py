@@ -371,6 +371,7 @@ class TestMetadata:
                     "sha256": row.sha256,
                     "width": 61,
                     "height": 47,
+                    "duration_seconds": None,
                 }
             ],
         }
@@ -480,7 +481,8 @@ class TestNothingToKeep:
     ) -> None:
         error = await kept.refuse([PICTURE_URL] * (MAX_OUTPUTS + 1))
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
-        assert len(await kept.keep([1] * MAX_OUTPUTS)) == MAX_OUTPUTS
+        most = [PICTURE_URL, *[1] * (MAX_OUTPUTS - 1)]
+        assert len(await kept.keep(most)) == MAX_OUTPUTS
 
 
 def half(content: bytes) -> bytes:
