@@ -20,7 +20,7 @@ LOST_ANSWERS = 1_000
 # Two cores have to keep up with it although a worker's start takes seconds of them.
 POSTS_PER_SECOND = 12
 KILL_EVERY_SECONDS = 10
-DRAIN_SECONDS = 900
+DRAIN_SECONDS = 1800
 
 SOAK_SECONDS = float(os.environ.get("FAULTS_SOAK_SECONDS", "7200"))
 SOAK_POSTS_PER_SECOND = 5
