@@ -209,7 +209,8 @@ class RedisGovernor:
             return None
         try:
             return await command()
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:
+            # RuntimeError: what uvloop says when the connection has just been closed.
             self._redis_rests_until = time.monotonic() + REDIS_REST_SECONDS
             log.warning("governor_without_redis", error=type(error).__name__)
             return None
