@@ -1,0 +1,35 @@
+"""What a worker process knows of its runs."""
+
+from uuid import uuid4
+
+from app.jobs.lifecycle import Outcome, RunResult
+from app.jobs.repository import Lease
+from app.tasks.runtime import RunRegistry, _Run
+
+
+async def _nothing(_: object) -> RunResult:
+    return RunResult(Outcome.SKIPPED)
+
+
+def test_a_run_waits_then_claims_then_owns() -> None:
+    runs, run = RunRegistry(_nothing), _Run(uuid4(), at_once=False)
+    runs.add(run)
+    assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == (1, [], True)
+    run.begins()
+    # Its claim may be committed already: the job is not abandoned, nor needs it a second run.
+    assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == (0, [run.job_id], True)
+    lease = Lease(run.job_id, uuid4())
+    run.owns(lease)
+    # From here on it may lose the job, and whoever is told of it again has to look.
+    assert (runs.claimed(), runs.is_waiting(run.job_id)) == ([lease], False)
+    runs.remove(run)
+    assert (runs.waiting(), runs.job_ids(), runs.claimed()) == (0, [], [])
+
+
+def test_only_jobs_that_go_on_are_resuming() -> None:
+    runs, new, begun = RunRegistry(_nothing), _Run(uuid4(), False), _Run(uuid4(), True)
+    for run in (new, begun):
+        runs.add(run)
+    assert runs.resuming() == {begun.job_id}
+    begun.owns(Lease(begun.job_id, uuid4()))
+    assert runs.resuming() == set()
