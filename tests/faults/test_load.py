@@ -61,7 +61,6 @@ def test_ten_thousand_jobs_under_every_fault(start_stack: StartStack, scenario: 
     recoveries = [s for at, ids in kills for s in recovery_seconds(stack, at, ids)]
     scenario.record(
         kills=len(kills),
-        lost_answers=len(lost),
         adopted=len(adopted),
         recovery_p50_seconds=percentile(recoveries, 0.5),
         recovery_p99_seconds=percentile(recoveries, 0.99),
