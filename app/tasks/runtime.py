@@ -33,6 +33,7 @@ from app.tasks.wakeups import CANCELLED, listen
 
 # After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
 STOP_SECONDS = 3.0
+STOP_ROUNDS = 2
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 POOL_TIMEOUT_SECONDS = 60.0
@@ -114,12 +115,17 @@ class RunRegistry:
                 run.task.cancel()
 
     async def stop_all(self) -> None:
-        """Stop every run; creates under way are given a moment to end."""
-        tasks = [run.task for run in self._runs if run.task]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        """Stop every run; creates under way are given a moment to end.
+
+        Who goes on is told again: up to Python 3.11 `asyncio.wait_for`, by which SQLAlchemy waits
+        for a connection, swallows a cancel that comes together with its result.
+        """
+        left = {run.task for run in self._runs if run.task}
+        for _ in range(STOP_ROUNDS):
+            for task in left:
+                task.cancel()
+            if left:
+                _, left = await asyncio.wait(left, timeout=STOP_SECONDS)
 
 
 class Runtime:
@@ -160,7 +166,7 @@ class Runtime:
         """Wait for the hand-back, then end the loop."""
         self.begin_stop()
         assert self._stopping is not None  # noqa: S101 - set by begin_stop
-        self._stopping.result(timeout=3 * STOP_SECONDS)
+        self._stopping.result(timeout=(STOP_ROUNDS + 1) * STOP_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=STOP_SECONDS)
 
