@@ -39,7 +39,7 @@ def test_mixed_models_are_kept_as_they_were_served(
     Bytes are the same where nothing was re-encoded, and pixels where something was.
     """
     stack = start_stack(workers=2, **(bucket_settings(s3_url) if storage == "bucket" else {}))
-    for model, parameters, _ in islice(cycle(KINDS), sized(14, 500)):
+    for model, parameters, _ in islice(cycle(KINDS), sized(7, 500)):
         stack.post(1, model=model, **parameters)
     stack.replace(stack.workers[0])
     stack.wait_until_done(sized(90, 300))
