@@ -117,8 +117,8 @@ class RunRegistry:
     async def stop_all(self) -> None:
         """Stop every run; creates under way are given a moment to end.
 
-        Who goes on is told again: up to Python 3.11 `asyncio.wait_for`, by which SQLAlchemy waits
-        for a connection, swallows a cancel that comes together with its result.
+        Who goes on is told again: under load one run was seen to outlive its cancel (where it was
+        lost is not known), and one that waits for ever keeps the whole process from ending.
         """
         left = {run.task for run in self._runs if run.task}
         for _ in range(STOP_ROUNDS):
