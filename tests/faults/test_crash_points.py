@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
-POINTS = sized(4, 10_000)
+POINTS = sized(2, 10_000)
 # Where chance also chooses the point of the second worker, in the full run.
 ROUNDS = sized(1, 4)
 

@@ -21,7 +21,7 @@ from tests.faults.machine import JobsMachine, World
 from tests.faults.machine_database import Database
 from tests.faults.report import Scenario, sized
 
-PROGRAMS = sized(100, 1250)
+PROGRAMS = sized(50, 1250)
 SHARDS = sized(1, 4)
 STEPS = 40
 

@@ -42,7 +42,7 @@ def test_f01_all_workers_killed_again_and_again(
     start_stack: StartStack, scenario: Scenario
 ) -> None:
     """500 jobs, all workers killed after every 2 s of work until 80 % are done: over in 60 s."""
-    jobs = sized(100, 500)
+    jobs = sized(60, 500)
     stack = start_stack(workers=2)
     stack.replicate.configure(latency_seconds=1)
     kills = Kills(stack)
