@@ -4,13 +4,17 @@ import hashlib
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
+from celery import Celery
 from PIL import Image
 
 from scripts.servers import Postgres, Valkey
@@ -150,15 +154,19 @@ class TestDeath:
         assert {picture(real, job_id).size for job_id in ids} == {(64, 64)}
 
     def test_a_stopped_worker_hands_its_jobs_back(
-        self, real: Service, replicate: ReplicateServer
+        self, real: Service, replicate: ReplicateServer, valkey: Valkey
     ) -> None:
         replicate.configure(latency_seconds=8)
         worker = real.start_worker()
-        for n in range(20):
-            real.generate(f"a bridge {n}", width=64, height=64)
-        wait_for(lambda: len(replicate.creates()) == 20, "all creates")
-        assert end(worker) < 10
+        with _celery_events(valkey) as events:
+            for n in range(20):
+                real.generate(f"a bridge {n}", width=64, height=64)
+            wait_for(lambda: len(replicate.creates()) == 20, "all creates")
+            assert end(worker) < 10
+            wait_for(lambda: events["worker-offline"], "the worker's last event")
         assert real.counts()["processing"] == 20
+        assert events["task-started"] == 20
+        assert not events["task-succeeded"] + events["task-failed"], "Flower shows them as over"
         real.start_worker()
         assert real.wait_until_idle()["completed"] == 20
         assert len(replicate.creates()) == 20
@@ -174,6 +182,24 @@ class TestDeath:
         service.start_worker()
         service.wait_until_idle()
         assert {service.status(job_id)["status"] for job_id in ids} == {"completed"}
+
+
+@contextmanager
+def _celery_events(valkey: Valkey) -> Iterator[Counter[str]]:
+    """Count what workers tell Flower, by type."""
+    seen: Counter[str] = Counter()
+    app = Celery(broker=valkey.url)
+    app.conf.broker_transport_options = {"global_keyprefix": "media:"}
+    with app.connection() as connection:
+        count = {"*": lambda event: seen.update([event["type"]])}
+        receiver = app.events.Receiver(connection, handlers=count)
+        listening = Thread(target=receiver.capture, kwargs={"wakeup": False})
+        listening.start()
+        try:
+            yield seen
+        finally:
+            receiver.should_stop = True
+            listening.join()
 
 
 FLUSH = "import redis, sys; redis.Redis.from_url(sys.argv[1]).flushall()"
