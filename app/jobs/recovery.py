@@ -334,5 +334,6 @@ async def _every(
                 "duty_failed", duty=duty.__name__, error=type(error).__name__, pause_seconds=pause
             )
         with suppress(TimeoutError):
-            await asyncio.wait_for(nudged.wait(), pause)
+            async with asyncio.timeout(pause):
+                await nudged.wait()
         nudged.clear()

@@ -94,7 +94,8 @@ class PredictionWatcher:
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._nudge.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._nudge.wait()
         self._nudge.clear()
 
     async def _look(self) -> None:

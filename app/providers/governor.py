@@ -208,12 +208,28 @@ class RedisGovernor:
         if time.monotonic() < self._redis_rests_until:
             return None
         try:
-            return await command()
+            return await _hearing_cancels(command())
         except (RedisError, OSError, RuntimeError) as error:
             # RuntimeError: what uvloop says when the connection has just been closed.
             self._redis_rests_until = time.monotonic() + REDIS_REST_SECONDS
             log.warning("governor_without_redis", error=type(error).__name__)
             return None
+
+
+async def _hearing_cancels(command: Awaitable[Any]) -> Any:
+    """Await a command; raise CancelledError if a cancel was lost in it.
+
+    redis-py writes within `asyncio.wait_for`, and that one forgets a cancel which comes when what
+    it waits for has just ended (Python 3.11; gh-86296, mended in 3.12). A run that goes on although
+    it was cancelled waits for ever in a worker that stops.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - in a coroutine there is one
+    before = task.cancelling()
+    answer = await command
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+    return answer
 
 
 class Ungoverned:

@@ -38,7 +38,8 @@ class Dispatcher:
         if self._task is None:
             return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._queue.join(), timeout=2)
+            async with asyncio.timeout(2):
+                await self._queue.join()
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task

@@ -33,7 +33,6 @@ from app.tasks.wakeups import CANCELLED, listen
 
 # After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
 STOP_SECONDS = 3.0
-STOP_ROUNDS = 2
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 POOL_TIMEOUT_SECONDS = 60.0
@@ -115,17 +114,12 @@ class RunRegistry:
                 run.task.cancel()
 
     async def stop_all(self) -> None:
-        """Stop every run; creates under way are given a moment to end.
-
-        Who goes on is told again: under load one run was seen to outlive its cancel (where it was
-        lost is not known), and one that waits for ever keeps the whole process from ending.
-        """
-        left = {run.task for run in self._runs if run.task}
-        for _ in range(STOP_ROUNDS):
-            for task in left:
-                task.cancel()
-            if left:
-                _, left = await asyncio.wait(left, timeout=STOP_SECONDS)
+        """Stop every run; creates under way are given a moment to end."""
+        tasks = [run.task for run in self._runs if run.task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
 
 class Runtime:
@@ -166,7 +160,7 @@ class Runtime:
         """Wait for the hand-back, then end the loop."""
         self.begin_stop()
         assert self._stopping is not None  # noqa: S101 - set by begin_stop
-        self._stopping.result(timeout=(STOP_ROUNDS + 1) * STOP_SECONDS)
+        self._stopping.result(timeout=3 * STOP_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=STOP_SECONDS)
 
@@ -265,7 +259,8 @@ class Runtime:
             handed_back = await self._repository.hand_back(self._worker_id)
             log.info("jobs_handed_back", jobs=len(handed_back))
             if handed_back:
-                await asyncio.wait_for(asyncio.to_thread(doorbell.ring, handed_back), RING_SECONDS)
+                async with asyncio.timeout(RING_SECONDS):
+                    await asyncio.to_thread(doorbell.ring, handed_back)
         except Exception as error:
             # Database or broker away: the next worker takes the jobs when the lease is over.
             log.warning("hand_back_failed", error=type(error).__name__)

@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 async def wake(redis: Redis, word: str) -> None:
     """Tell the workers: a prediction's id, or `CANCELLED`."""
     try:
-        await asyncio.wait_for(redis.publish(CHANNEL, word), PUBLISH_SECONDS)
+        async with asyncio.timeout(PUBLISH_SECONDS):
+            await redis.publish(CHANNEL, word)
     except (RedisError, OSError, RuntimeError) as error:
         # RuntimeError: what uvloop says when the connection has just been closed.
         log.warning("wakeup_lost", error=type(error).__name__)

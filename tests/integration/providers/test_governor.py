@@ -180,3 +180,15 @@ class TestWithoutRedis:
         governor = start(60_000, url="redis://127.0.0.1:1")
         await governor.throttled(Call.CREATE, 30)
         assert not await admits_at_once(governor)
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_a_cancel_at_any_step_is_heard(start: StartGovernor, steps: int) -> None:
+    governor = start(60_000)
+    await governor.admit(Call.CREATE)  # connects
+    admitting = asyncio.create_task(governor.admit(Call.CREATE))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if admitting.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await admitting

@@ -1,14 +1,9 @@
 """What a worker process knows of its runs."""
 
-import asyncio
-from contextlib import suppress
 from uuid import uuid4
-
-import pytest
 
 from app.jobs.lifecycle import Outcome, RunResult
 from app.jobs.repository import Lease
-from app.tasks import runtime
 from app.tasks.runtime import RunRegistry, _Run
 
 
@@ -38,21 +33,3 @@ def test_only_jobs_that_go_on_are_resuming() -> None:
     assert runs.resuming() == {begun.job_id}
     begun.owns(Lease(begun.job_id, uuid4()))
     assert runs.resuming() == set()
-
-
-async def test_a_run_that_swallows_a_cancel_is_stopped_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(runtime, "STOP_SECONDS", 0.05)
-
-    async def deaf_once() -> RunResult:
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-        return await asyncio.sleep(60, RunResult(Outcome.SKIPPED))
-
-    runs, run = RunRegistry(_nothing), _Run(uuid4(), at_once=False)
-    run.task = asyncio.create_task(deaf_once())
-    runs.add(run)
-    await asyncio.sleep(0)
-    await runs.stop_all()
-    assert run.task.cancelled()
