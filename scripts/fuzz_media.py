@@ -2,8 +2,8 @@
 
 Usage: python scripts/fuzz_media.py [--count 20000] [--seed 1] [--seconds 3600]
 
-Mutates good files of every format, bit by bit and piece by piece, and has each one kept as a
-worker would. Fails when anything but a kept picture or a clean refusal comes out of it, when one
+Mutates good files of every format, bit by bit and piece by piece, and has each one checked as
+a worker would. Fails when anything but a kept picture or a clean refusal comes out of it, when one
 takes more than 5 s, when a kept file is no PNG that decodes, or when memory grows.
 """
 
@@ -28,7 +28,7 @@ from app.jobs.outputs import DECODE_MEMORY_BYTES
 from app.media.decoder import Decoder
 from app.media.errors import BadPicture
 from app.media.sniff import PNG
-from tests.unit.media.corpus import SIGNATURE, Sample, corpus
+from tests.unit.media.corpus import SIGNATURE, Sample, arrive, corpus
 
 HANG_SECONDS = 5.0
 GROWTH_BYTES = 150 << 20
@@ -128,10 +128,9 @@ def _with_right_checksums(png: bytes) -> bytes:
 def _keep(
     decoder: Decoder, path: Path, media_type: str, content: bytes, report: Report, name: str
 ) -> None:
-    path.write_bytes(content)
     began = time.monotonic()
     try:
-        decoder.make_png(path, media_type, "{}")
+        _store(decoder, path, media_type, content)
         outcome = f"{media_type} kept"
         if report.outcomes.total() % RECHECK_EVERY == 0:
             _recheck(path, report, name)
@@ -145,6 +144,14 @@ def _keep(
     report.slowest_seconds = max(report.slowest_seconds, took)
     if took > HANG_SECONDS:
         report.faults.append(f"{name}: {took:.1f} s")
+
+
+def _store(decoder: Decoder, path: Path, media_type: str, content: bytes) -> None:
+    if media_type == PNG:
+        arrive(path, content, MAX_PIXELS)
+    else:
+        path.write_bytes(content)
+        decoder.make_png(path, "{}")
 
 
 def _recheck(path: Path, report: Report, name: str) -> None:

@@ -15,9 +15,11 @@ from uuid import UUID, uuid4
 from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs.models import Attempt, Job, Output
 from app.media import sniff
+from app.media.arrival import Arrival
 from app.media.decoder import Decoder
 from app.media.duration import duration_seconds
 from app.media.errors import BadPicture
+from app.media.png import PngCheck
 from app.providers.base import Prediction, Provider
 from app.providers.outcome import is_address, output_values
 from app.storage.base import Storage, media_key, metadata_key
@@ -28,8 +30,8 @@ DECODERS = 2
 DECODE_MEMORY_BYTES = 120 << 20
 
 Decoding = Callable[[], AbstractAsyncContextManager[None]]
-Size = tuple[int, int] | tuple[None, None]
-Check = Callable[[Path, str], Awaitable[Size]]
+Size = tuple[int, int]
+Decode = Callable[[Path], Awaitable[Size]]
 
 
 class OutputKeeper:
@@ -53,6 +55,7 @@ class OutputKeeper:
         self._provider = provider
         self._storage = storage
         self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
         self._decoder = Decoder(max_pixels=max_pixels, memory_bytes=decode_memory_bytes)
         self._store_original_format = store_original_format
         self._deadline_seconds = deadline_seconds
@@ -70,7 +73,7 @@ class OutputKeeper:
         """Store every output and then the metadata document.
 
         `checkpoint` is awaited before each download and before each write that others could
-        see, and may raise to stop. Each picture is decoded inside a `decoding()`.
+        see, and may raise to stop. What has to be decoded is decoded inside a `decoding()`.
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
@@ -79,11 +82,11 @@ class OutputKeeper:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
             raise _refused("invalid_output", f"The prediction made more than {MAX_OUTPUTS} files.")
-        check = partial(self._check, decoding, _parameters_text(job, attempt))
+        decode = partial(self._decode, decoding, _parameters_text(job, attempt))
         outputs = []
         for index, value in enumerate(values):
             async with self._downloads:
-                outputs.append(await self._keep_one(job.id, index, value, checkpoint, check))
+                outputs.append(await self._keep_one(job.id, index, value, checkpoint, decode))
         document = metadata_document(job, attempt, prediction, outputs)
         await self._put_metadata(job.id, document, checkpoint)
         return outputs
@@ -94,28 +97,31 @@ class OutputKeeper:
         index: int,
         value: Any,
         checkpoint: Callable[[], Awaitable[None]],
-        check: Check,
+        decode: Decode,
     ) -> Output:
         await checkpoint()
         path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
         try:
-            output = await self._make(job_id, index, value, path, check)
+            output = await self._make(job_id, index, value, path, decode)
             await checkpoint()
             await self._storage.put(media_key(output.name), path, checkpoint)
         finally:
             await asyncio.to_thread(_forget, path)
         return output
 
-    async def _make(self, job_id: UUID, index: int, value: Any, path: Path, check: Check) -> Output:
+    async def _make(
+        self, job_id: UUID, index: int, value: Any, path: Path, decode: Decode
+    ) -> Output:
         """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                head = await self._fetch(value, path)
-            media_type = _media_type(value, head)
-            width, height = await check(path, media_type)
-            if width is not None and not self._store_original_format:
-                media_type = sniff.PNG
+                media_type, size = await self._fetch(value, path)
+            if media_type in sniff.PICTURES and size is None:
+                size = await decode(path)
+                media_type = media_type if self._store_original_format else sniff.PNG
             size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
+        except BadPicture as error:
+            raise _refused("invalid_output", str(error)) from error
         except TimeoutError as error:
             raise ProviderError(
                 FailureClass.TRANSIENT, "download_failed", "The download took too long."
@@ -129,30 +135,28 @@ class OutputKeeper:
             media_type=media_type,
             size_bytes=size_bytes,
             sha256=sha256,
-            width=width,
-            height=height,
+            width=size[0] if size else None,
+            height=size[1] if size else None,
             duration_seconds=seconds,
         )
 
-    async def _fetch(self, value: Any, path: Path) -> bytes:
-        """Write one output to `path`; return its first bytes."""
-        size_bytes = 0
-        head = b""
-        file = await asyncio.to_thread(path.open, "wb")
+    async def _fetch(self, value: Any, path: Path) -> tuple[str, Size | None]:
+        """Write one output to `path`; return its media type and, of a PNG, which is checked by
+        then, width and height.
+        """
+        png_check = PngCheck(self._max_pixels) if is_address(value) else None
+        arrival = await asyncio.to_thread(Arrival, path, png_check)
         try:
             async for chunk in self._chunks(value):
-                size_bytes += len(chunk)
-                if size_bytes > self._max_bytes:
+                await asyncio.to_thread(arrival.write, chunk)
+                if arrival.size_bytes > self._max_bytes:
                     raise _refused("output_too_large", "The output is larger than allowed.")
-                if len(head) < sniff.HEAD_BYTES:
-                    head += chunk[: sniff.HEAD_BYTES - len(head)]
-                    _refuse_beginning(value, head)
-                await asyncio.to_thread(file.write, chunk)
+                _refuse_beginning(value, arrival.head)
+            if not arrival.size_bytes:
+                raise _refused("invalid_output", "The output is empty.")
+            return _media_type(value, arrival.head), await asyncio.to_thread(arrival.finish)
         finally:
-            await asyncio.to_thread(file.close)
-        if not size_bytes:
-            raise _refused("invalid_output", "The output is empty.")
-        return head
+            await asyncio.to_thread(arrival.close)
 
     async def _chunks(self, value: Any) -> AsyncIterator[bytes]:
         if is_address(value):
@@ -163,18 +167,11 @@ class OutputKeeper:
         else:
             yield json.dumps(value).encode()
 
-    async def _check(
-        self, decoding: Decoding, parameters: str, path: Path, media_type: str
-    ) -> Size:
-        if media_type not in sniff.PICTURES:
-            return None, None
+    async def _decode(self, decoding: Decoding, parameters: str, path: Path) -> Size:
         async with self._decodes, decoding():
-            try:
-                if self._store_original_format:
-                    return await asyncio.to_thread(self._decoder.verify, path, media_type)
-                return await asyncio.to_thread(self._decoder.make_png, path, media_type, parameters)
-            except BadPicture as error:
-                raise _refused("invalid_output", str(error)) from error
+            if self._store_original_format:
+                return await asyncio.to_thread(self._decoder.verify, path)
+            return await asyncio.to_thread(self._decoder.make_png, path, parameters)
 
     async def _put_metadata(
         self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]

@@ -53,12 +53,12 @@ def _serve(requests: BinaryIO, answers: FileIO, max_pixels: int) -> None:
 
 
 def _answer(request: dict[str, Any], max_pixels: int) -> dict[str, Any]:
-    path, media_type = Path(request["path"]), request["media_type"]
+    path = Path(request["path"])
     try:
         if request["parameters"] is None:
-            size = picture.verify(path, media_type, max_pixels)
+            size = picture.verify(path, max_pixels)
         else:
-            size = picture.make_png(path, media_type, max_pixels, request["parameters"])
+            size = picture.make_png(path, max_pixels, request["parameters"])
     except BadPicture as error:
         return {"refused": str(error)}
     except OSError as error:

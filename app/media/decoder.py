@@ -1,5 +1,7 @@
 """Decodes pictures in a child process: what kills a decoder does not kill the worker.
 
+Not PNG, which is kept as it is: see `png`.
+
 One child, so that the memory it may take is all the memory that decoding takes. At 25 ms for a
 megapixel it keeps up with several times what Replicate lets one account create.
 """
@@ -14,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from app.media import child, picture
+from app.media import child
 from app.media.errors import BadPicture
-from app.media.sniff import PNG
 
 ROOT = Path(__file__).parents[2]
 # The child measures its own CPU time; this is for one that is stopped or waits for a dead disk.
@@ -38,7 +39,6 @@ class Decoder:
     """
 
     def __init__(self, *, max_pixels: int, memory_bytes: int) -> None:
-        self._max_pixels = max_pixels
         self._arguments = [str(max_pixels), str(memory_bytes)]
         self._turn = threading.Lock()
         self._child: _Child | None = None
@@ -48,24 +48,20 @@ class Decoder:
         """The child's process id, when there is one."""
         return self._child.pid if self._child else None
 
-    def make_png(self, path: Path, media_type: str, parameters: str) -> Size:
+    def make_png(self, path: Path, parameters: str) -> Size:
         """See `picture.make_png`; blocking, for about 5 seconds of CPU time at most.
 
         Raises: BadPicture - also when it takes too much time or memory, or kills the decoder;
         OSError; DecoderFailed.
         """
-        if media_type == PNG:  # nothing to decode
-            return picture.make_png(path, PNG, self._max_pixels)
-        return self._decode(path, media_type, parameters)
+        return self._decode(path, parameters)
 
-    def verify(self, path: Path, media_type: str) -> Size:
+    def verify(self, path: Path) -> Size:
         """See `picture.verify`; otherwise as `make_png`."""
-        if media_type == PNG:
-            return picture.verify(path, PNG, self._max_pixels)
-        return self._decode(path, media_type, None)
+        return self._decode(path, None)
 
-    def _decode(self, path: Path, media_type: str, parameters: str | None) -> Size:
-        request = {"path": str(path.absolute()), "media_type": media_type, "parameters": parameters}
+    def _decode(self, path: Path, parameters: str | None) -> Size:
+        request = {"path": str(path.absolute()), "parameters": parameters}
         with self._turn:
             answer = self._ask(request) or self._ask(request, is_last=True)
         return _size(answer)

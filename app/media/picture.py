@@ -1,6 +1,6 @@
-"""Pictures: whole or refused, and PNG in the end.
+"""Pictures that are not PNG: whole or refused, and PNG in the end.
 
-What is not a PNG is decoded with Pillow, so in a child process only: see `decoder`.
+They are decoded with Pillow, so in a child process only: see `decoder`.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,8 @@ from typing import BinaryIO
 from PIL import AvifImagePlugin, Image, ImageSequence
 from PIL.ImageFile import ImageFile
 
-from app.media import png
 from app.media.encode import write_png
 from app.media.errors import BadPicture
-from app.media.sniff import PNG
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
 
@@ -22,16 +20,13 @@ FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
-def make_png(path: Path, media_type: str, max_pixels: int, parameters: str = "") -> tuple[int, int]:
-    """Check the picture in `path` completely and make the file a PNG; return (width, height).
+def make_png(path: Path, max_pixels: int, parameters: str = "") -> tuple[int, int]:
+    """Decode the picture in `path` completely and make the file a PNG; return (width, height).
 
-    A PNG keeps its bytes, up to its end: what follows the last chunk is cut off. Any other is
-    decoded (of an animation the first frame) and carries `parameters` as text from then on.
+    Of an animation the first frame stays. The PNG carries `parameters` as text.
     Blocking: tens of milliseconds for a megapixel.
     Raises: BadPicture; OSError and MemoryError when it is not the picture's fault.
     """
-    if media_type == PNG:
-        return png.check(path, max_pixels)
     # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
     converted = path.with_name(f"{path.name}.png")
     try:
@@ -44,10 +39,8 @@ def make_png(path: Path, media_type: str, max_pixels: int, parameters: str = "")
     return decoded.size
 
 
-def verify(path: Path, media_type: str, max_pixels: int) -> tuple[int, int]:
+def verify(path: Path, max_pixels: int) -> tuple[int, int]:
     """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
-    if media_type == PNG:
-        return png.check(path, max_pixels)
     with _blaming_the_picture(), path.open("rb") as file, _open(file, max_pixels) as picture:
         for frame in ImageSequence.Iterator(picture):
             frame.load()

@@ -200,7 +200,7 @@ def test_f33_a_job_that_kills_its_worker_fails_as_poisoned(
     # A death may come between an intent and its create, and that counts as a retry.
     stack = start_stack(workers=0, SABOTAGE_CRASHES="-", MAX_RETRY_ATTEMPTS="20")
     for _ in range(10):
-        stack.post(1, words="dies-always-decoding")
+        stack.post(1, words="dies-always-decoding", output_format="webp")
         stack.post(19)
     deaths = keep_workers(stack, 2, seconds=400)
     summary = check(stack, failures=["poisoned"], max_retries=20)

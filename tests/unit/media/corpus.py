@@ -6,10 +6,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from app.media.arrival import Arrival
+from app.media.png import PngCheck
 
 SIZE = (61, 47)
 MAX_PIXELS = 1_000_000
@@ -44,6 +48,19 @@ def corpus() -> list[Sample]:
         *_bad_others(),
         *_bombs(),
     ]
+
+
+def arrive(
+    path: Path, content: bytes, max_pixels: int = MAX_PIXELS, piece_bytes: int = 1000
+) -> tuple[int, int] | None:
+    """Let the content arrive in the file, in pieces; return the size of the picture."""
+    arrival = Arrival(path, PngCheck(max_pixels))
+    try:
+        for at in range(0, len(content), piece_bytes):
+            arrival.write(content[at : at + piece_bytes])
+        return arrival.finish()
+    finally:
+        arrival.close()
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
