@@ -75,7 +75,7 @@ async def open_services(
             settings=settings,
             repository=repository,
             storage=storage,
-            thumbnails=Thumbnails(storage),
+            thumbnails=Thumbnails(storage, settings.max_output_pixels),
             recent=RecentFiles(),
             parameters=parameters,
             dispatcher=dispatcher,

@@ -21,8 +21,7 @@ from app.api.recent import KnownFile
 from app.config import Settings
 from app.errors import FileDeleted, JobNotFound, JobNotReady
 from app.jobs.models import JobStatus, Output
-from app.media.thumbnail import SIZES
-from app.storage.base import Storage, media_key
+from app.storage.base import THUMBNAIL_SIZES, Storage, media_key
 
 # Up to this size one read and one message cost least (measured: a third of any streaming);
 # beyond it a slow client would hold too much memory.
@@ -54,9 +53,9 @@ log = structlog.get_logger(__name__)
 
 
 class ThumbnailSize(IntEnum):
-    """How wide and high a thumbnail is at most, in pixels; few, because each is kept."""
+    """How wide and high a thumbnail is at most, in pixels."""
 
-    SMALL, MEDIUM, LARGE = SIZES
+    SMALL, MEDIUM, LARGE = THUMBNAIL_SIZES
 
 
 @router.head("/api/v1/download/{job_id}", include_in_schema=False)

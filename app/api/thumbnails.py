@@ -8,12 +8,14 @@ import structlog
 
 from app.errors import StorageError
 from app.jobs.models import Output
-from app.media import sniff, thumbnail
+from app.media import sniff
+from app.media.decoder import Decoder, DecoderFailed
 from app.media.errors import BadPicture
 from app.storage.base import Storage, media_key, thumbnail_key
 
-# A decoder takes a core and a picture's worth of memory.
-MAKERS = 2
+# What the decoder may take: four bytes a pixel, and some.
+PIXEL_BYTES = 4
+SPARE_BYTES = 64 << 20
 
 log = structlog.get_logger(__name__)
 
@@ -21,9 +23,11 @@ log = structlog.get_logger(__name__)
 class Thumbnails:
     """The thumbnails of one API process; another one may make the same at the same time."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, max_pixels: int) -> None:
         self._storage = storage
-        self._makers = asyncio.Semaphore(MAKERS)
+        memory_bytes = PIXEL_BYTES * max_pixels + SPARE_BYTES
+        self._decoder = Decoder(max_pixels=max_pixels, memory_bytes=memory_bytes)
+        self._turn = asyncio.Lock()  # its own would hold up a thread each
         self._making: dict[str, asyncio.Task[bytes]] = {}
 
     async def get(self, output: Output, size: int) -> bytes | None:
@@ -54,18 +58,18 @@ class Thumbnails:
 
     async def _make(self, key: str, output: Output, size: int) -> bytes:
         path = self._storage.workspace / f"thumbnail-{uuid4().hex}"
-        async with self._makers:
-            try:
-                await self._fetch(media_key(output.name), path)
-                data = await asyncio.to_thread(thumbnail.make, path, size)
-                await asyncio.to_thread(path.write_bytes, data)
-                await self._storage.put(key, path)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise StorageError(f"cannot make a thumbnail: {error.strerror}") from error
-            finally:
-                await asyncio.to_thread(path.unlink, missing_ok=True)
+        try:
+            await self._fetch(media_key(output.name), path)
+            async with self._turn:
+                await asyncio.to_thread(self._decoder.make_thumbnail, path, size)
+            data = await asyncio.to_thread(path.read_bytes)
+            await self._storage.put(key, path)
+        except FileNotFoundError:
+            raise
+        except (OSError, DecoderFailed) as error:
+            raise StorageError(f"cannot make a thumbnail: {error}") from error
+        finally:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
         return data
 
     async def _fetch(self, key: str, path: Path) -> None:

@@ -8,8 +8,13 @@ import structlog
 
 from app.jobs.models import DeletionKind
 from app.jobs.repository import JobRepository
-from app.media.thumbnail import SIZES
-from app.storage.base import Storage, media_key, metadata_key, thumbnail_key
+from app.storage.base import (
+    THUMBNAIL_SIZES,
+    Storage,
+    media_key,
+    metadata_key,
+    thumbnail_key,
+)
 
 BATCH = 500
 # Then the worker's other duties have their turn; the next round goes on.
@@ -79,5 +84,5 @@ async def _keys(
         return [metadata_key(job_id) for job_id in job_ids]
     found = await repository.outputs(job_ids)
     names = [output.name for outputs in found.values() for output in outputs]
-    thumbnails = [thumbnail_key(name, size) for name in names for size in SIZES]
+    thumbnails = [thumbnail_key(name, size) for name in names for size in THUMBNAIL_SIZES]
     return [*map(media_key, names), *thumbnails]

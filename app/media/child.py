@@ -9,15 +9,21 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
-from app.media import picture
+from app.media import picture, thumbnail
 from app.media.errors import BadPicture
 
+TASKS: dict[str, Callable[..., tuple[int, int]]] = {
+    "make_png": picture.make_png,
+    "verify": picture.verify,
+    "make_thumbnail": thumbnail.make,
+}
 CPU_SECONDS = 5.0
 # Whatever leaks, in Pillow or below it, leaks no further.
 MAX_PICTURES = 1000
@@ -53,12 +59,9 @@ def _serve(requests: BinaryIO, answers: FileIO, max_pixels: int) -> None:
 
 
 def _answer(request: dict[str, Any], max_pixels: int) -> dict[str, Any]:
-    path = Path(request["path"])
     try:
-        if request["parameters"] is None:
-            size = picture.verify(path, max_pixels)
-        else:
-            size = picture.make_png(path, max_pixels, request["parameters"])
+        task = TASKS[request["task"]]
+        size = task(Path(request["path"]), max_pixels, *request["arguments"])
     except BadPicture as error:
         return {"refused": str(error)}
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Decodes pictures in a child process: what kills a decoder does not kill the worker.
+"""Decodes pictures in a child process: what kills a decoder does not kill worker or API.
 
-Not PNG, which is kept as it is: see `png`.
+A PNG that is kept is not decoded: see `png`.
 
 One child, so that the memory it may take is all the memory that decoding takes. At 25 ms for a
 megapixel it keeps up with several times what Replicate lets one account create.
@@ -54,14 +54,18 @@ class Decoder:
         Raises: BadPicture - also when it takes too much time or memory, or kills the decoder;
         OSError; DecoderFailed.
         """
-        return self._decode(path, parameters)
+        return self._decode("make_png", path, parameters)
 
     def verify(self, path: Path) -> Size:
         """See `picture.verify`; otherwise as `make_png`."""
-        return self._decode(path, None)
+        return self._decode("verify", path)
 
-    def _decode(self, path: Path, parameters: str | None) -> Size:
-        request = {"path": str(path.absolute()), "parameters": parameters}
+    def make_thumbnail(self, path: Path, size: int) -> Size:
+        """See `thumbnail.make`; otherwise as `make_png`."""
+        return self._decode("make_thumbnail", path, size)
+
+    def _decode(self, task: str, path: Path, *arguments: str | int) -> Size:
+        request = {"task": task, "path": str(path.absolute()), "arguments": arguments}
         with self._turn:
             answer = self._ask(request) or self._ask(request, is_last=True)
         return _size(answer)

@@ -30,7 +30,7 @@ def make_png(path: Path, max_pixels: int, parameters: str = "") -> tuple[int, in
     # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
     converted = path.with_name(f"{path.name}.png")
     try:
-        with _blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
+        with blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
             decoded = _first_frame(file, max_pixels)
             write_png(decoded, png_file, parameters)
         converted.replace(path)
@@ -41,7 +41,7 @@ def make_png(path: Path, max_pixels: int, parameters: str = "") -> tuple[int, in
 
 def verify(path: Path, max_pixels: int) -> tuple[int, int]:
     """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
-    with _blaming_the_picture(), path.open("rb") as file, _open(file, max_pixels) as picture:
+    with blaming_the_picture(), path.open("rb") as file, _open(file, max_pixels) as picture:
         for frame in ImageSequence.Iterator(picture):
             frame.load()
         return picture.size
@@ -63,8 +63,11 @@ def _open(file: BinaryIO, max_pixels: int) -> ImageFile:
 
 
 @contextmanager
-def _blaming_the_picture() -> Iterator[None]:
-    """Turn whatever Pillow raises for a damaged file into `BadPicture`."""
+def blaming_the_picture() -> Iterator[None]:
+    """Turn whatever Pillow raises for a damaged file into `BadPicture`.
+
+    OSError and MemoryError pass when it is not the picture's fault.
+    """
     try:
         yield
     except (BadPicture, MemoryError):

@@ -1,48 +1,31 @@
-"""Small pictures of pictures, for pages that show many. Blocking: run it in a thread."""
+"""Small pictures of pictures, for pages that show many. In a child process only: see `decoder`."""
 
-import io
 from pathlib import Path
 
 from PIL import Image
 
 from app.media.errors import BadPicture
-from app.media.picture import FORMATS
+from app.media.picture import FORMATS, blaming_the_picture
 
-SIZES = (128, 256, 512)
 QUALITY = 80
-# Decoded, four bytes each: 200 MB.
-MAX_PIXELS = 50_000_000
 # What can be made smaller as it is; palettes and the like would lose their colours.
 SMOOTH = ("RGB", "RGBA", "L", "LA")
 
 
-def make(path: Path, size: int) -> bytes:
-    """Return the picture as WebP, at most `size` pixels wide and high; never enlarged.
+def make(path: Path, max_pixels: int, size: int) -> tuple[int, int]:
+    """Make the picture in `path` a WebP of at most `size` pixels each way; return its size.
 
-    The same file always gives the same bytes. Raises: BadPicture - it cannot be decoded, or
-    has too many pixels; OSError and MemoryError when it is not the picture's fault.
+    Never enlarged. The same picture always gives the same bytes. Raises: BadPicture - it cannot be
+    decoded, or has too many pixels; OSError and MemoryError when it is not the picture's fault.
     """
-    try:
-        return _make(path, size)
-    except (BadPicture, MemoryError):
-        raise
-    except Exception as error:
-        # As in `picture.make_png`: only the operating system gives an OSError a number.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise BadPicture("The picture cannot be decoded.") from error
-
-
-def _make(path: Path, size: int) -> bytes:
-    with Image.open(path, formats=("PNG", *FORMATS)) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
+    with blaming_the_picture(), Image.open(path, formats=("PNG", *FORMATS)) as picture:
+        if picture.width * picture.height > max_pixels:
             raise BadPicture("The picture has too many pixels.")
         picture.draft("RGB", (size, size))  # a JPEG is decoded at a fraction of its size
         small = picture if picture.mode in SMOOTH else _converted(picture)
         small.thumbnail((size, size), Image.Resampling.LANCZOS)
-        encoded = io.BytesIO()
-        small.save(encoded, "WEBP", quality=QUALITY)
-        return encoded.getvalue()
+        small.save(path, "WEBP", quality=QUALITY)
+        return small.size
 
 
 def _converted(picture: Image.Image) -> Image.Image:

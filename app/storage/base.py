@@ -13,6 +13,8 @@ from uuid import UUID
 from app.errors import StorageError
 
 FOLDERS = ("media", "metadata", "thumbnails")
+# In pixels; few, because each is kept.
+THUMBNAIL_SIZES = (128, 256, 512)
 
 # Returns, or raises to stop.
 Checkpoint = Callable[[], Awaitable[None]]

@@ -45,5 +45,5 @@ def spin() -> NoReturn:
 if __name__ == "__main__":
     sys.modules["app.media.child"].CPU_SECONDS = 0.3  # type: ignore[attr-defined]
     child.MAX_PICTURES = 3
-    picture.make_png = hurt  # type: ignore[assignment]
+    sys.modules["app.media.child"].TASKS["make_png"] = hurt
     child.main()
