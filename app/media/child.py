@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from app.media import picture, thumbnail
+from app.media.decoder import OUT_OF_MEMORY, READY
 from app.media.errors import BadPicture
 
 TASKS: dict[str, Callable[..., tuple[int, int]]] = {
@@ -27,9 +28,6 @@ TASKS: dict[str, Callable[..., tuple[int, int]]] = {
 CPU_SECONDS = 5.0
 # Whatever leaks, in Pillow or below it, leaks no further.
 MAX_PICTURES = 1000
-
-READY = b"ready\n"
-OUT_OF_MEMORY = 3  # exit status
 
 
 def main() -> None:

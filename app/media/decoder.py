@@ -16,10 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from app.media import child
 from app.media.errors import BadPicture
 
 ROOT = Path(__file__).parents[2]
+CHILD = "app.media.child"  # by its name: Pillow and the like are for the child alone
+READY = b"ready\n"
+OUT_OF_MEMORY = 3  # its exit status
 # The child measures its own CPU time; this is for one that is stopped or waits for a dead disk.
 ANSWER_SECONDS = 30.0
 END_SECONDS = 1.0
@@ -88,7 +90,7 @@ class Decoder:
             raise DecoderFailed("the decoder does not answer")
         if status == -signal.SIGPROF:
             raise BadPicture("The picture takes too long to decode.")
-        if is_last and status == child.OUT_OF_MEMORY:
+        if is_last and status == OUT_OF_MEMORY:
             raise BadPicture("The picture takes too much memory to decode.")
         if is_last:
             raise BadPicture
@@ -111,7 +113,7 @@ class _Child:
         """Start the process, about 0.1 s. Raises: DecoderFailed."""
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", child.__name__, *arguments],
+                [sys.executable, "-W", "ignore", "-m", CHILD, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=ROOT,
@@ -124,7 +126,7 @@ class _Child:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self.is_silent = False
         self._end = weakref.finalize(self, _end, self._process, self._requests, self._answers)
-        if self._exchange(b"") != child.READY:
+        if self._exchange(b"") != READY:
             raise DecoderFailed(f"the decoder does not start: exit status {self.end()}")
 
     @property

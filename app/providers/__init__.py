@@ -9,7 +9,6 @@ from redis.backoff import NoBackoff
 from app.config import Settings
 from app.providers.base import Provider
 from app.providers.governor import RedisGovernor
-from app.providers.mock import MockProvider
 from app.providers.replicate import ReplicateProvider
 
 REDIS_TIMEOUT_SECONDS = 1.0
@@ -21,6 +20,8 @@ def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) 
     `workers` tells how many processes share the provider's rate while Redis is away.
     """
     if settings.is_mock:
+        from app.providers.mock import MockProvider  # draws: a tenth of a second of imports
+
         return MockProvider(
             settings.replicate_mock_delay_min,
             settings.replicate_mock_delay_max,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -48,9 +47,7 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def deadly(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     """A decoder whose child does what the files say."""
-    parts = {"__name__": "tests.unit.media.deadly_child", "READY": child.READY}
-    parts["OUT_OF_MEMORY"] = child.OUT_OF_MEMORY  # type: ignore[assignment]
-    monkeypatch.setattr(decoder, "child", SimpleNamespace(**parts))
+    monkeypatch.setattr(decoder, "CHILD", "tests.unit.media.deadly_child")
     return Decoder(max_pixels=MAX_PIXELS, memory_bytes=MEMORY_BYTES)
 
 
