@@ -40,8 +40,9 @@ LONGEST_PAUSE_SECONDS = 10.0
 HOUSEKEEPING_SECONDS = 60.0
 # A look at every stored file: seldom.
 STRAYS_SECONDS = 3600.0
-# No download takes this long, so nobody is writing the file any more.
-LEFTOVER_SECONDS = 600.0
+# Nobody writes to a file whose last byte came so long ago. With the rounds of housekeeping and a
+# worker's restart it is gone within ten minutes.
+LEFTOVER_SECONDS = 480.0
 # Replicate deletes outputs an hour after the end; a prediction that was submitted half an hour ago
 # and is not stored deserves a person's attention.
 AT_RISK_SECONDS = 1800.0
