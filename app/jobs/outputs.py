@@ -12,14 +12,17 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
+import structlog
+
 from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs.models import Attempt, Job, Output
 from app.media import sniff
 from app.media.arrival import Arrival
 from app.media.decoder import Decoder
 from app.media.duration import duration_seconds
-from app.media.errors import BadPicture
+from app.media.errors import BadPicture, TooLargeToDecode
 from app.media.png import PngCheck
+from app.media.whole import is_whole
 from app.providers.base import Prediction, Provider
 from app.providers.outcome import is_address, output_values
 from app.storage.base import Storage, media_key, metadata_key
@@ -29,9 +32,11 @@ MAX_OUTPUTS = 100
 DECODERS = 2
 DECODE_MEMORY_BYTES = 120 << 20
 
+log = structlog.get_logger(__name__)
+
 Decoding = Callable[[], AbstractAsyncContextManager[None]]
 Size = tuple[int, int]
-Decode = Callable[[Path], Awaitable[Size]]
+Decode = Callable[[Path, str], Awaitable[tuple[str, Size]]]
 
 
 class OutputKeeper:
@@ -117,8 +122,7 @@ class OutputKeeper:
             async with asyncio.timeout(self._deadline_seconds):
                 media_type, size = await self._fetch(value, path)
             if media_type in sniff.PICTURES and size is None:
-                size = await decode(path)
-                media_type = media_type if self._store_original_format else sniff.PNG
+                media_type, size = await decode(path, media_type)
             size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         except BadPicture as error:
             raise _refused("invalid_output", str(error)) from error
@@ -167,11 +171,24 @@ class OutputKeeper:
         else:
             yield json.dumps(value).encode()
 
-    async def _decode(self, decoding: Decoding, parameters: str, path: Path) -> Size:
+    async def _decode(
+        self, decoding: Decoding, parameters: str, path: Path, media_type: str
+    ) -> tuple[str, Size]:
+        """Make the picture what is kept; return its media type, width and height.
+
+        One that is too large for the decoder stays what it is: it is paid for.
+        """
+        decoder = self._decoder
         async with self._decodes, decoding():
-            if self._store_original_format:
-                return await asyncio.to_thread(self._decoder.verify, path)
-            return await asyncio.to_thread(self._decoder.make_png, path, parameters)
+            try:
+                if self._store_original_format:
+                    return media_type, await asyncio.to_thread(decoder.verify, path)
+                return sniff.PNG, await asyncio.to_thread(decoder.make_png, path, parameters)
+            except TooLargeToDecode as too_large:
+                if not await asyncio.to_thread(is_whole, path, media_type):
+                    raise BadPicture from too_large
+                log.warning("picture_not_decoded", media_type=media_type, size=too_large.size)
+                return media_type, too_large.size
 
     async def _put_metadata(
         self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]

@@ -81,8 +81,8 @@ class Runs(Protocol):
         """Return the job of every run that has claimed it or is just about to."""
         ...
 
-    def start(self, job_id: UUID) -> None:
-        """Run a job that has begun before: at once, and without a message."""
+    def start(self, job_id: UUID, *, at_once: bool) -> None:
+        """Run a job without a message: `at_once` if it has begun before, else in its turn."""
         ...
 
     def stop(self, lease: Lease) -> None:
@@ -125,6 +125,7 @@ class Recovery:
         self._lease_seconds = lease_seconds
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
+        self._broker_answers = True
         self._unheard_until = 0.0  # of the monotonic clock
         self._cancelled = asyncio.Event()
         self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
@@ -140,6 +141,7 @@ class Recovery:
                 self.check_leases,
                 self.sweep,
                 self.ring_due,
+                self.begin_unrung,
                 self.resume_unheard,
                 self.stop_lost_orphans,
             ):
@@ -202,13 +204,29 @@ class Recovery:
         """
         if self._runs.waiting() >= LINE_TARGET:
             return
+        try:
+            await self._top_up()
+        except Exception:
+            self._broker_answers = False
+            raise
+        self._broker_answers = True
+
+    async def _top_up(self) -> None:
         waiting = await asyncio.to_thread(self._doorbell.queue_length)
         room = min(BATCH, QUEUE_TARGET - waiting)
-        if room <= 0:
-            return
-        due = await self._repository.due(room)
+        due = await self._repository.due(room) if room > 0 else []
         if due:
             await asyncio.to_thread(self._doorbell.ring, due)
+
+    async def begin_unrung(self) -> None:
+        """While the broker is away, begin jobs without a message, as many as there is room for."""
+        waiting, begun = self._runs.waiting(), len(self._runs.job_ids())
+        room = min(LINE_TARGET - waiting, self._concurrency - waiting - begun)
+        if self._broker_answers or room <= 0:
+            return
+        for job_id in await self._repository.due(room):
+            log.info("job_begun_without_message", job_id=str(job_id))
+            self._runs.start(job_id, at_once=False)
 
     async def resume_unheard(self) -> None:
         """Run jobs that have begun without waiting for their message any longer.
@@ -224,7 +242,7 @@ class Recovery:
         unheard = await self._repository.unheard(UNHEARD_SECONDS, room)
         for job_id in set(unheard) - set(resuming):
             log.info("job_resumed_without_message", job_id=str(job_id))
-            self._runs.start(job_id)
+            self._runs.start(job_id, at_once=True)
 
     async def stop_orphans(self) -> None:
         """Stop predictions whose job has ended without them (cancelled, past its deadline)."""

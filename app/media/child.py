@@ -18,7 +18,8 @@ from PIL import Image
 
 from app.media import picture, thumbnail
 from app.media.decoder import OUT_OF_MEMORY, READY
-from app.media.errors import BadPicture
+from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.picture import Limits
 
 TASKS: dict[str, Callable[..., tuple[int, int]]] = {
     "make_png": picture.make_png,
@@ -43,23 +44,25 @@ def main() -> None:
     Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)
     _limit_memory(memory_bytes)
     answers.write(READY)
-    _serve(sys.stdin.buffer, answers, max_pixels)
+    _serve(sys.stdin.buffer, answers, Limits(max_pixels, memory_bytes))
 
 
-def _serve(requests: BinaryIO, answers: FileIO, max_pixels: int) -> None:
+def _serve(requests: BinaryIO, answers: FileIO, limits: Limits) -> None:
     for _, line in zip(range(MAX_PICTURES), requests, strict=False):
         # CPU time, so that a busy machine condemns no picture. Nobody handles the signal: it
         # ends the process wherever that is, inside a library as well.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        answer = _answer(json.loads(line), max_pixels)
+        answer = _answer(json.loads(line), limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer).encode() + b"\n")
 
 
-def _answer(request: dict[str, Any], max_pixels: int) -> dict[str, Any]:
+def _answer(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     try:
         task = TASKS[request["task"]]
-        size = task(Path(request["path"]), max_pixels, *request["arguments"])
+        size = task(Path(request["path"]), limits, *request["arguments"])
+    except TooLargeToDecode as error:
+        return {"too_large": error.size}
     except BadPicture as error:
         return {"refused": str(error)}
     except OSError as error:

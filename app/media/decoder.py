@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from app.media.errors import BadPicture
+from app.media.errors import BadPicture, TooLargeToDecode
 
 ROOT = Path(__file__).parents[2]
 CHILD = "app.media.child"  # by its name: Pillow and the like are for the child alone
@@ -53,8 +53,8 @@ class Decoder:
     def make_png(self, path: Path, parameters: str) -> Size:
         """See `picture.make_png`; blocking, for about 5 seconds of CPU time at most.
 
-        Raises: BadPicture - also when it takes too much time or memory, or kills the decoder;
-        OSError; DecoderFailed.
+        Raises: BadPicture - also when it takes too much time, or kills the decoder;
+        TooLargeToDecode, and it is left alone; OSError; DecoderFailed.
         """
         return self._decode("make_png", path, parameters)
 
@@ -98,6 +98,8 @@ class Decoder:
 
 
 def _size(answer: dict[str, Any]) -> Size:
+    if "too_large" in answer:
+        raise TooLargeToDecode(*answer["too_large"])
     if "refused" in answer:
         raise BadPicture(answer["refused"])
     if "errno" in answer:

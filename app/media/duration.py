@@ -4,9 +4,10 @@ Files of the MP4 family (ISO/IEC 14496-12, box `mvhd`) and WAV (RIFF chunks `fmt
 """
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from app.media.boxes import boxes
 
 MP4_FAMILY = frozenset({"video/mp4", "video/quicktime", "audio/mp4"})
 WAV = "audio/wav"
@@ -30,31 +31,13 @@ def duration_seconds(path: Path, media_type: str) -> float | None:
 
 
 def _of_mp4(file: BinaryIO) -> float | None:
-    for kind, end in _boxes(file, _end_of(file)):
+    for kind, end in boxes(file, _end_of(file)):
         if kind == b"moov":
-            for inner, _ in _boxes(file, end):
+            for inner, _ in boxes(file, end):
                 if inner == b"mvhd":
                     return _of_header(file)
             return None
     return None
-
-
-def _boxes(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
-    """Yield the kind and the end of each box up to `end`, the file standing at its content."""
-    at = file.tell()
-    for _ in range(MOST_PARTS):
-        if at + 8 > end:
-            return
-        file.seek(at)
-        size, kind = struct.unpack(">I4s", file.read(8))
-        head = 8
-        if size == 1:  # a large box: its size follows
-            [size], head = struct.unpack(">Q", file.read(8)), 16
-        size = size or end - at  # 0: the last box, to the end
-        if size < head or at + size > end:
-            return
-        yield kind, at + size
-        at += size
 
 
 def _of_header(file: BinaryIO) -> float | None:

@@ -3,35 +3,52 @@
 They are decoded with Pillow, so in a child process only: see `decoder`.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageSequence
 from PIL.ImageFile import ImageFile
 
+from app.media import webp
 from app.media.encode import write_png
-from app.media.errors import BadPicture
+from app.media.errors import BadPicture, TooLargeToDecode
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
+# The most that decoding and encoding held of a pixel, with Pillow 13.
+_PIXEL_BYTES = {"JPEG": 4.1, "WEBP": 16.7, "GIF": 1.5, "AVIF": 13.0}
+_CMYK_BYTES = 4.1  # once more, when it becomes RGB
+_PROGRESSIVE_BYTES = 6.2  # libjpeg holds every coefficient
+_SPARE_BYTES = 8 << 20
 
 # A thread per core would make its own share of memory, and wait for the same two cores.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
-def make_png(path: Path, max_pixels: int, parameters: str = "") -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a picture may be and take."""
+
+    max_pixels: int
+    memory_bytes: int
+
+
+def make_png(path: Path, limits: Limits, parameters: str = "") -> tuple[int, int]:
     """Decode the picture in `path` completely and make the file a PNG; return (width, height).
 
     Of an animation the first frame stays. The PNG carries `parameters` as text.
     Blocking: tens of milliseconds for a megapixel.
-    Raises: BadPicture; OSError and MemoryError when it is not the picture's fault.
+    Raises: BadPicture - TooLargeToDecode by its header alone; OSError and MemoryError when it
+    is not the picture's fault.
     """
     # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
     converted = path.with_name(f"{path.name}.png")
     try:
         with blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
-            decoded = _first_frame(file, max_pixels)
+            decoded = _first_frame(file, limits)
             write_png(decoded, png_file, parameters)
         converted.replace(path)
     finally:
@@ -39,27 +56,47 @@ def make_png(path: Path, max_pixels: int, parameters: str = "") -> tuple[int, in
     return decoded.size
 
 
-def verify(path: Path, max_pixels: int) -> tuple[int, int]:
+def verify(path: Path, limits: Limits) -> tuple[int, int]:
     """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
-    with blaming_the_picture(), path.open("rb") as file, _open(file, max_pixels) as picture:
+    with blaming_the_picture(), path.open("rb") as file, _open(file, limits) as picture:
         for frame in ImageSequence.Iterator(picture):
             frame.load()
         return picture.size
 
 
-def _first_frame(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _first_frame(file: BinaryIO, limits: Limits) -> Image.Image:
     """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
-    with _open(file, max_pixels) as picture:
+    with _open(file, limits) as picture:
         picture.load()  # verify() accepts half a JPEG, load() does not
         return picture._new(picture.im)
 
 
-def _open(file: BinaryIO, max_pixels: int) -> ImageFile:
+def _open(file: BinaryIO, limits: Limits) -> ImageFile:
+    """Open it and read its header: no pixel is unpacked before its size is admitted."""
+    canvas = webp.canvas(file.read(webp.HEAD_BYTES))
+    if canvas:  # libwebp reserves it whole while Pillow still opens the file
+        _admit(canvas, _PIXEL_BYTES["WEBP"], file, limits)
     picture = Image.open(file, formats=FORMATS)
-    # The header's size, before a single pixel is unpacked.
-    if picture.width * picture.height > max_pixels:
-        raise BadPicture("The picture has too many pixels.")
+    _admit(picture.size, _pixel_bytes(picture), file, limits)
     return picture
+
+
+def _pixel_bytes(picture: ImageFile) -> float:
+    needed = _PIXEL_BYTES[picture.format or ""]
+    if picture.mode == "CMYK":
+        needed += _CMYK_BYTES
+    if picture.info.get("progressive"):
+        needed += _PROGRESSIVE_BYTES
+    return needed
+
+
+def _admit(size: tuple[int, int], pixel_bytes: float, file: BinaryIO, limits: Limits) -> None:
+    pixels = size[0] * size[1]
+    if pixels > limits.max_pixels:
+        raise BadPicture("The picture has too many pixels.")
+    size_bytes = os.fstat(file.fileno()).st_size
+    if pixels * pixel_bytes + size_bytes + _SPARE_BYTES > limits.memory_bytes:
+        raise TooLargeToDecode(*size)
 
 
 @contextmanager

@@ -28,7 +28,9 @@ for command in ("revoke", "revoke_by_stamped_headers", "terminate"):
 
 transport.use()
 
-celery_app = Celery("replicate-media-service", broker=settings.broker_url)
+celery_app = Celery(
+    "replicate-media-service", broker=settings.broker_url, amqp=transport.PersistentAMQP
+)
 celery_app.conf.update(
     include=["app.tasks.generate"],
     task_default_queue="generate",

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -67,9 +66,9 @@ class _Run:
 class RunRegistry:
     """The runs of this process; touched on the event loop only."""
 
-    def __init__(self, resume: Callable[[UUID], Coroutine[Any, Any, RunResult]]) -> None:
-        """`resume` runs a job that has begun before."""
-        self._resume = resume
+    def __init__(self, run: Callable[..., Coroutine[Any, Any, RunResult]]) -> None:
+        """`run(job_id, at_once=...)` runs a job."""
+        self._run = run
         self._runs: set[_Run] = set()
         self._started: set[asyncio.Task[RunResult]] = set()
 
@@ -101,9 +100,9 @@ class RunRegistry:
         """See `recovery.Runs`."""
         return [run.job_id for run in self._runs if run.has_begun]
 
-    def start(self, job_id: UUID) -> None:
+    def start(self, job_id: UUID, *, at_once: bool) -> None:
         """See `recovery.Runs`."""
-        task = asyncio.create_task(self._resume(job_id))
+        task = asyncio.create_task(self._run(job_id, at_once=at_once))
         self._started.add(task)
         task.add_done_callback(self._started.discard)
 
@@ -128,7 +127,7 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker_id = uuid4()
-        self._runs = RunRegistry(partial(self._run, at_once=True))
+        self._runs = RunRegistry(self._run)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()

@@ -128,7 +128,7 @@ class _NoRuns:
     def job_ids(self) -> list[UUID]:
         return []
 
-    def start(self, job_id: UUID) -> None:
+    def start(self, job_id: UUID, *, at_once: bool) -> None:
         """Nobody starts any."""
 
     def stop(self, lease: Lease) -> None:

@@ -665,6 +665,31 @@ class TestBounds:
         assert split == []
 
 
+class TestTooLargeToDecode:
+    """It is paid for: it stays what it is."""
+
+    @pytest.fixture
+    def kept(self, provider: ReplicateProvider, tmp_path: Path) -> Kept:
+        return new_keeper(provider, tmp_path, decode_memory_bytes=32 << 20, max_pixels=2600**2)
+
+    @pytest.mark.parametrize(
+        ("pillow_format", "extension"), [("JPEG", "jpg"), ("WEBP", "webp"), ("AVIF", "avif")]
+    )
+    async def test_it_keeps_its_bytes_and_its_format(
+        self, kept: Kept, pillow_format: str, extension: str
+    ) -> None:
+        given = encoded(Image.new("RGB", (2600, 2600)), pillow_format)
+        row, stored = await kept.one(data_url(given))
+        assert stored == given
+        assert row.name == f"{JOB_ID}.{extension}"
+        assert (row.width, row.height) == (2600, 2600)
+
+    async def test_without_its_end_it_is_refused(self, kept: Kept) -> None:
+        given = encoded(Image.new("RGB", (2600, 2600)), "JPEG")
+        assert (await kept.refuse(data_url(given[:-2]))).code == "invalid_output"
+        assert kept.files() == []
+
+
 class TestOurOwnDisk:
     @pytest.fixture
     def small_disk(self, tmp_path: Path) -> Iterator[Path]:

@@ -48,6 +48,7 @@ class FixedRuns:
     leases: list[Lease] = field(default_factory=list)
     stopped: list[Lease] = field(default_factory=list)
     started: list[UUID] = field(default_factory=list)
+    begun: list[UUID] = field(default_factory=list)
     unclaimed: list[UUID] = field(default_factory=list)
     in_line: int = 0
 
@@ -63,8 +64,8 @@ class FixedRuns:
     def job_ids(self) -> Collection[UUID]:
         return [lease.job_id for lease in self.leases]
 
-    def start(self, job_id: UUID) -> None:
-        self.started.append(job_id)
+    def start(self, job_id: UUID, *, at_once: bool) -> None:
+        (self.started if at_once else self.begun).append(job_id)
 
     def stop(self, lease: Lease) -> None:
         self.stopped.append(lease)
@@ -172,6 +173,56 @@ class TestRinging:
         await worker.recovery.sweep()
         await worker.recovery.ring_due()
         assert worker.doorbell.rung == [claim.job.id]
+
+
+class TestUnrung:
+    """A broker that is away costs a second, and no job waits for it."""
+
+    @pytest.fixture(autouse=True)
+    def _due_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(repository_module, "FIRST_RING_SECONDS", -1)
+
+    @pytest.fixture
+    def without_broker(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Worker:
+        def away() -> int:
+            raise ConnectionRefusedError
+
+        monkeypatch.setattr(worker.doorbell, "queue_length", away)
+        return worker
+
+    async def test_due_jobs_begin_without_a_message(self, without_broker: Worker) -> None:
+        job = await without_broker.repository.add(NewJob("p", "a/b", {}), 60)
+        with pytest.raises(ConnectionRefusedError):
+            await without_broker.recovery.ring_due()
+        for _ in range(2):  # the other workers leave it alone
+            await without_broker.recovery.begin_unrung()
+        assert without_broker.runs.begun == [job.id]
+
+    async def test_only_as_many_as_there_is_room_for(self, without_broker: Worker) -> None:
+        for _ in range(5):
+            await without_broker.repository.add(NewJob("p", "a/b", {}), 60)
+        with pytest.raises(ConnectionRefusedError):
+            await without_broker.recovery.ring_due()
+        without_broker.runs.in_line = 8  # of 10
+        await without_broker.recovery.begin_unrung()
+        assert len(without_broker.runs.begun) == 2
+
+    async def test_while_it_answers_they_wait_for_their_message(self, worker: Worker) -> None:
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        await worker.recovery.begin_unrung()
+        assert worker.runs.begun == []
+
+    async def test_once_it_is_back_as_well(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.doorbell, "queue_length", lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                await worker.recovery.ring_due()
+        await worker.recovery.ring_due()
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        await worker.recovery.begin_unrung()
+        assert worker.runs.begun == []
 
 
 class TestUnheard:

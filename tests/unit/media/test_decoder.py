@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.media import child, decoder
 from app.media.decoder import Decoder, DecoderFailed
-from app.media.errors import BadPicture
+from app.media.errors import BadPicture, TooLargeToDecode
 from tests.unit.media.corpus import MAX_PIXELS, SIZE, Sample, arrive, corpus, encoded, noise
 
 MEMORY_BYTES = 120 << 20
@@ -146,9 +146,13 @@ class TestMemory:
         large = [black("JPEG", 3800), black("JPEG", 2400), black("WEBP", 2400), black("GIF", 6500)]
         before = resident_bytes(os.getpid())
         used = Decoder(max_pixels=50_000_000, memory_bytes=MEMORY_BYTES)
-        for content, _ in too_large:
-            with pytest.raises(BadPicture, match=r"memory|damaged"):
-                used.make_png(write(content), "")
+        for content, size in too_large:
+            for use in (used.verify, lambda path: used.make_png(path, "")):
+                path = write(content)
+                with pytest.raises(TooLargeToDecode) as refused:
+                    use(path)
+                assert refused.value.size == size
+                assert path.read_bytes() == content
         grown = 0
         for content, size in large:
             assert used.make_png(write(content), "") == size

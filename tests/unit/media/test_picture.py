@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from app.media.errors import BadPicture
-from app.media.picture import make_png
+from app.media.picture import Limits, make_png
 
-LIMIT = 1_000_000
+LIMITS = Limits(1_000_000, 120 << 20)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -54,7 +54,7 @@ class TestOthers:
         content = encoded(image, pillow_format, **options)
         path.write_bytes(content)
 
-        assert make_png(path, LIMIT) == (61, 47)
+        assert make_png(path, LIMITS) == (61, 47)
 
         assert path.read_bytes().startswith(SIGNATURE)
         with Image.open(path) as stored, Image.open(BytesIO(content)) as given:
@@ -67,7 +67,7 @@ class TestOthers:
     def test_cmyk_becomes_rgb_without_the_cmyk_profile(self, path: Path) -> None:
         content = encoded(noise("CMYK"), "JPEG", icc_profile=b"profile of a printing press")
         path.write_bytes(content)
-        make_png(path, LIMIT)
+        make_png(path, LIMITS)
         with Image.open(path) as stored, Image.open(BytesIO(content)) as given:
             assert stored.mode == "RGB"
             assert stored.tobytes() == given.convert("RGB").tobytes()
@@ -75,7 +75,7 @@ class TestOthers:
 
     def test_an_rgb_profile_stays(self, path: Path) -> None:
         path.write_bytes(encoded(noise(), "JPEG", icc_profile=b"profile of a screen"))
-        make_png(path, LIMIT)
+        make_png(path, LIMITS)
         with Image.open(path) as stored:
             assert stored.info["icc_profile"] == b"profile of a screen"
 
@@ -88,24 +88,24 @@ class TestOthers:
         content = whole[: int(len(whole) * share)]
         path.write_bytes(content)
         with pytest.raises(BadPicture, match="damaged"):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
         assert path.read_bytes() == content
 
     def test_what_follows_the_end_is_gone(self, path: Path) -> None:
         path.write_bytes(encoded(noise(), "JPEG") + b"<script>alert(1)</script>")
-        make_png(path, LIMIT)
+        make_png(path, LIMITS)
         assert b"script" not in path.read_bytes()
 
     @pytest.mark.parametrize("pillow_format", ["PNG", "BMP", "TIFF", "PPM", "ICO"])
     def test_other_formats_are_never_opened(self, path: Path, pillow_format: str) -> None:
         path.write_bytes(encoded(noise("RGB", (32, 32)), pillow_format))
         with pytest.raises(BadPicture, match="damaged"):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
 
     def test_junk_is_refused(self, path: Path) -> None:
         path.write_bytes(random.Random(1).randbytes(5000))
         with pytest.raises(BadPicture, match="damaged"):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
 
 
 # Pillow warns of sizes well above our own limit; beyond twice its warning it refuses by itself.
@@ -117,7 +117,7 @@ class TestBombs:
         path.write_bytes(encoded(Image.new("RGB", (2000, 2000)), "WEBP", lossless=True))
         assert path.stat().st_size < 1000
         with pytest.raises(BadPicture, match="too many pixels"):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
 
 
 class TestOurOwnFaults:
@@ -134,7 +134,7 @@ class TestOurOwnFaults:
         path.write_bytes(content)
         monkeypatch.setattr("app.media.picture.write_png", write)
         with pytest.raises(OSError, match="No space left"):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
         assert path.read_bytes() == content
         assert list(path.parent.iterdir()) == [path]
 
@@ -147,8 +147,8 @@ class TestOurOwnFaults:
         path.write_bytes(encoded(noise(), "JPEG"))
         monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", load)
         with pytest.raises(MemoryError):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)
 
     def test_a_missing_file_is_not_a_damaged_picture(self, path: Path) -> None:
         with pytest.raises(FileNotFoundError):
-            make_png(path, LIMIT)
+            make_png(path, LIMITS)

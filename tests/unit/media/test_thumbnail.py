@@ -8,8 +8,9 @@ from PIL import Image
 
 from app.media import thumbnail
 from app.media.errors import BadPicture
+from app.media.picture import Limits
 
-MAX_PIXELS = 1_000_000
+LIMITS = Limits(1_000_000, 120 << 20)
 GREY = Image.linear_gradient("L").resize((1000, 600))
 RGB = Image.merge("RGB", (GREY, GREY.rotate(180), GREY))
 CLEAR = Image.merge("RGBA", (*RGB.split(), GREY))
@@ -23,7 +24,7 @@ def save(picture: Image.Image, path: Path) -> Path:
 
 def small_of(path: Path, size: int) -> Image.Image:
     """Make the file a thumbnail; return it."""
-    found = thumbnail.make(path, MAX_PIXELS, size)
+    found = thumbnail.make(path, LIMITS, size)
     small = Image.open(io.BytesIO(path.read_bytes()))
     assert small.size == found
     return small
@@ -84,7 +85,7 @@ def test_of_an_animation_it_is_the_first_picture(tmp_path: Path) -> None:
 def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
     paths = [save(RGB, tmp_path / name) for name in ("a.png", "b.png")]
     for path in paths:
-        thumbnail.make(path, MAX_PIXELS, 256)
+        thumbnail.make(path, LIMITS, 256)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -94,23 +95,23 @@ def test_too_many_pixels_are_refused_before_they_are_unpacked(
     path = save(RGB, tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))
     with pytest.raises(BadPicture, match="too many pixels"):
-        thumbnail.make(path, 1000 * 600 - 1, 256)
+        thumbnail.make(path, Limits(1000 * 600 - 1, 120 << 20), 256)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"<svg></svg>", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(BadPicture):
-        thumbnail.make(tmp_path / "a.png", MAX_PIXELS, 256)
+        thumbnail.make(tmp_path / "a.png", LIMITS, 256)
 
 
 def test_half_a_picture_is_refused(tmp_path: Path) -> None:
     path = save(RGB, tmp_path / "a.png")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadPicture):
-        thumbnail.make(path, MAX_PIXELS, 256)
+        thumbnail.make(path, LIMITS, 256)
 
 
 def test_a_lost_file_is_not_the_pictures_fault(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        thumbnail.make(tmp_path / "a.png", MAX_PIXELS, 256)
+        thumbnail.make(tmp_path / "a.png", LIMITS, 256)

@@ -7,7 +7,7 @@ from app.jobs.repository import Lease
 from app.tasks.runtime import RunRegistry, _Run
 
 
-async def _nothing(_: object) -> RunResult:
+async def _nothing(*_: object, **__: object) -> RunResult:
     return RunResult(Outcome.SKIPPED)
 
 
