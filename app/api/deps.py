@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from app.api.recent import RecentFiles
+from app.api.reports import Reports
 from app.api.thumbnails import Thumbnails
 from app.config import Settings
 from app.db import create_engine, create_sessions
@@ -43,6 +44,7 @@ class Services:
     dispatcher: Dispatcher
     redis: Redis
     webhooks: WebhookVerifier
+    reports: Reports
 
 
 async def get_services(request: Request) -> Services:
@@ -81,6 +83,7 @@ async def open_services(
             dispatcher=dispatcher,
             redis=redis,
             webhooks=webhooks,
+            reports=Reports(),
         )
     finally:
         await dispatcher.stop()

@@ -33,7 +33,11 @@ async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
     """
     body = await request.body()
     await _verify(app, body, request)
-    prediction = _prediction(body)
+    key = attempt_id, request.headers["webhook-id"]
+    await app.reports.take(key, lambda: _take(app, attempt_id, _prediction(body)))
+
+
+async def _take(app: Services, attempt_id: UUID, prediction: Prediction) -> None:
     attempt = await app.repository.attempt(attempt_id)
     if attempt is None:
         raise JobNotFound("There is no such attempt.")

@@ -1,9 +1,11 @@
 """POST /api/v1/webhooks/replicate/{attempt_id}, and the attempts it is about."""
 
+import asyncio
 import base64
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -38,10 +40,11 @@ def signed(
     body: bytes, secret: str = WEBHOOK_SECRET, age: timedelta = timedelta(0)
 ) -> dict[str, str]:
     at = datetime.now(UTC) - age
+    webhook_id = f"msg_{sha256(body).hexdigest()}"
     return {
-        "webhook-id": "msg_1",
+        "webhook-id": webhook_id,
         "webhook-timestamp": str(int(at.timestamp())),
-        "webhook-signature": Webhook(secret).sign("msg_1", at, body.decode()),
+        "webhook-signature": Webhook(secret).sign(webhook_id, at, body.decode()),
     }
 
 
@@ -103,11 +106,14 @@ class TestGenuine:
         async with redis.pubsub(ignore_subscribe_messages=True) as channel:
             await channel.subscribe(CHANNEL)
             await channel.get_message(timeout=1)
-            await reporter.send(report())
+            copies = await asyncio.gather(*(reporter.send(report()) for _ in range(20)))
             message = await channel.get_message(timeout=2)
+            more = await channel.get_message(timeout=0.2)
         await redis.aclose()
+        assert {copy.status_code for copy in copies} == {204}
         assert message is not None
         assert message["data"] == "p1"
+        assert more is None, "once for all copies"
 
     async def test_a_rotated_secret_is_fetched(
         self,
