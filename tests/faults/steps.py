@@ -35,7 +35,7 @@ AROUND = [
     (ReplicateProvider, "find"),
     (ParameterChecker, "knows"),
     (PredictionWatcher, "wait"),
-    (OutputKeeper, "_check"),
+    (OutputKeeper, "_fetch"),
     (OutputKeeper, "_put_metadata"),
     (LocalStorage, "put"),
 ]
