@@ -13,8 +13,8 @@ from app.media.decoder import Decoder, DecoderFailed
 from app.media.errors import BadPicture
 from app.storage.base import Storage, media_key, thumbnail_key
 
-# What the decoder may take: four bytes a pixel, and some.
-PIXEL_BYTES = 4
+# What the decoder may take: enough for the largest picture without transparency.
+PIXEL_BYTES = 4.1
 SPARE_BYTES = 64 << 20
 
 log = structlog.get_logger(__name__)
@@ -25,9 +25,10 @@ class Thumbnails:
 
     def __init__(self, storage: Storage, max_pixels: int) -> None:
         self._storage = storage
-        memory_bytes = PIXEL_BYTES * max_pixels + SPARE_BYTES
+        memory_bytes = round(PIXEL_BYTES * max_pixels) + SPARE_BYTES
         self._decoder = Decoder(max_pixels=max_pixels, memory_bytes=memory_bytes)
-        self._turn = asyncio.Lock()  # its own would hold up a thread each
+        # The decoder takes turns by itself, but each who waits there would hold up a thread.
+        self._turn = asyncio.Lock()
         self._making: dict[str, asyncio.Task[bytes]] = {}
 
     async def get(self, output: Output, size: int) -> bytes | None:
@@ -59,8 +60,8 @@ class Thumbnails:
     async def _make(self, key: str, output: Output, size: int) -> bytes:
         path = self._storage.workspace / f"thumbnail-{uuid4().hex}"
         try:
-            await self._fetch(media_key(output.name), path)
             async with self._turn:
+                await self._fetch(media_key(output.name), path)
                 await asyncio.to_thread(self._decoder.make_thumbnail, path, size)
             data = await asyncio.to_thread(path.read_bytes)
             await self._storage.put(key, path)

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import UUID
 
 import structlog
@@ -46,6 +46,8 @@ LEFTOVER_SECONDS = 480.0
 # Replicate deletes outputs an hour after the end; a prediction that was submitted half an hour ago
 # and is not stored deserves a person's attention.
 AT_RISK_SECONDS = 1800.0
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -204,29 +206,39 @@ class Recovery:
         """
         if self._runs.waiting() >= LINE_TARGET:
             return
+        waiting = await self._ask_broker(self._doorbell.queue_length)
+        room = min(BATCH, QUEUE_TARGET - waiting)
+        due = await self._repository.due(room) if room > 0 else []
+        if not due:
+            return
         try:
-            await self._top_up()
+            await self._ask_broker(lambda: self._doorbell.ring(due))
+        except Exception:
+            self._begin(due)  # or they would be left alone for a while
+            raise
+
+    async def _ask_broker(self, call: Callable[[], T]) -> T:
+        try:
+            answer = await asyncio.to_thread(call)
         except Exception:
             self._broker_answers = False
             raise
         self._broker_answers = True
-
-    async def _top_up(self) -> None:
-        waiting = await asyncio.to_thread(self._doorbell.queue_length)
-        room = min(BATCH, QUEUE_TARGET - waiting)
-        due = await self._repository.due(room) if room > 0 else []
-        if due:
-            await asyncio.to_thread(self._doorbell.ring, due)
+        return answer
 
     async def begin_unrung(self) -> None:
         """While the broker is away, begin jobs without a message, as many as there is room for."""
-        waiting, begun = self._runs.waiting(), len(self._runs.job_ids())
-        room = min(LINE_TARGET - waiting, self._concurrency - waiting - begun)
-        if self._broker_answers or room <= 0:
-            return
-        for job_id in await self._repository.due(room):
+        if not self._broker_answers and self._room() > 0:
+            self._begin(await self._repository.due(self._room()))
+
+    def _begin(self, job_ids: Sequence[UUID]) -> None:
+        for job_id in job_ids[: max(0, self._room())]:
             log.info("job_begun_without_message", job_id=str(job_id))
             self._runs.start(job_id, at_once=False)
+
+    def _room(self) -> int:
+        waiting, begun = self._runs.waiting(), len(self._runs.job_ids())
+        return min(LINE_TARGET - waiting, self._concurrency - waiting - begun)
 
     async def resume_unheard(self) -> None:
         """Run jobs that have begun without waiting for their message any longer.

@@ -63,7 +63,7 @@ class Decoder:
         return self._decode("verify", path)
 
     def make_thumbnail(self, path: Path, size: int) -> Size:
-        """See `thumbnail.make`; otherwise as `make_png`."""
+        """See `thumbnail.make`; otherwise as `make_png`: there is none of what is too large."""
         return self._decode("make_thumbnail", path, size)
 
     def _decode(self, task: str, path: Path, *arguments: str | int) -> Size:

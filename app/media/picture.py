@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageSequence
+from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 
 from app.media import webp
@@ -18,10 +19,13 @@ from app.media.encode import write_png
 from app.media.errors import BadPicture, TooLargeToDecode
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
-# The most that decoding and encoding held of a pixel, with Pillow 13.
-_PIXEL_BYTES = {"JPEG": 4.1, "WEBP": 16.7, "GIF": 1.5, "AVIF": 13.0}
+# The most that decoding held of a pixel, with Pillow 13. MPO: several JPEGs in one file.
+_PIXEL_BYTES = {"JPEG": 4.1, "MPO": 4.1, "WEBP": 16.7, "GIF": 1.5, "AVIF": 13.0, "PNG": 4.1}
+_ANIMATED_BYTES = 13.0  # of a GIF: the frame before, this one, and what is common
 _CMYK_BYTES = 4.1  # once more, when it becomes RGB
 _PROGRESSIVE_BYTES = 6.2  # libjpeg holds every coefficient
+_CONVERTED_BYTES = 6.0  # when a PNG with transparency, or of 16 bits, becomes smaller
+_READ_WHOLE = ("WEBP", "AVIF")
 _SPARE_BYTES = 8 << 20
 
 # A thread per core would make its own share of memory, and wait for the same two cores.
@@ -58,7 +62,7 @@ def make_png(path: Path, limits: Limits, parameters: str = "") -> tuple[int, int
 
 def verify(path: Path, limits: Limits) -> tuple[int, int]:
     """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
-    with blaming_the_picture(), path.open("rb") as file, _open(file, limits) as picture:
+    with blaming_the_picture(), path.open("rb") as file, open_picture(file, limits) as picture:
         for frame in ImageSequence.Iterator(picture):
             frame.load()
         return picture.size
@@ -66,23 +70,32 @@ def verify(path: Path, limits: Limits) -> tuple[int, int]:
 
 def _first_frame(file: BinaryIO, limits: Limits) -> Image.Image:
     """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
-    with _open(file, limits) as picture:
+    with open_picture(file, limits) as picture:
         picture.load()  # verify() accepts half a JPEG, load() does not
         return picture._new(picture.im)
 
 
-def _open(file: BinaryIO, limits: Limits) -> ImageFile:
-    """Open it and read its header: no pixel is unpacked before its size is admitted."""
+def open_picture(file: BinaryIO, limits: Limits, formats: tuple[str, ...] = FORMATS) -> ImageFile:
+    """Open it and read its header: no pixel is unpacked before its size is admitted.
+
+    Raises: TooLargeToDecode; BadPicture; whatever Pillow raises, see `blaming_the_picture`.
+    """
+    size_bytes = os.fstat(file.fileno()).st_size
     canvas = webp.canvas(file.read(webp.HEAD_BYTES))
     if canvas:  # libwebp reserves it whole while Pillow still opens the file
-        _admit(canvas, _PIXEL_BYTES["WEBP"], file, limits)
-    picture = Image.open(file, formats=FORMATS)
-    _admit(picture.size, _pixel_bytes(picture), file, limits)
+        _admit(canvas, _PIXEL_BYTES["WEBP"], size_bytes, limits)
+    picture = Image.open(file, formats=formats)
+    held_bytes = size_bytes if picture.format in _READ_WHOLE else 0
+    _admit(picture.size, _pixel_bytes(picture), held_bytes, limits)
     return picture
 
 
 def _pixel_bytes(picture: ImageFile) -> float:
     needed = _PIXEL_BYTES[picture.format or ""]
+    if isinstance(picture, GifImageFile) and picture.is_animated:
+        needed = _ANIMATED_BYTES
+    if picture.format == "PNG" and (picture.has_transparency_data or picture.mode.startswith("I")):
+        needed += _CONVERTED_BYTES
     if picture.mode == "CMYK":
         needed += _CMYK_BYTES
     if picture.info.get("progressive"):
@@ -90,12 +103,11 @@ def _pixel_bytes(picture: ImageFile) -> float:
     return needed
 
 
-def _admit(size: tuple[int, int], pixel_bytes: float, file: BinaryIO, limits: Limits) -> None:
+def _admit(size: tuple[int, int], pixel_bytes: float, held_bytes: int, limits: Limits) -> None:
     pixels = size[0] * size[1]
     if pixels > limits.max_pixels:
         raise BadPicture("The picture has too many pixels.")
-    size_bytes = os.fstat(file.fileno()).st_size
-    if pixels * pixel_bytes + size_bytes + _SPARE_BYTES > limits.memory_bytes:
+    if pixels * pixel_bytes + held_bytes + _SPARE_BYTES > limits.memory_bytes:
         raise TooLargeToDecode(*size)
 
 

@@ -1,11 +1,11 @@
 """Small pictures of pictures, for pages that show many. In a child process only: see `decoder`."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
-from app.media.errors import BadPicture
-from app.media.picture import FORMATS, Limits, blaming_the_picture
+from app.media.picture import FORMATS, Limits, blaming_the_picture, open_picture
 
 QUALITY = 80
 # What can be made smaller as it is; palettes and the like would lose their colours.
@@ -16,16 +16,26 @@ def make(path: Path, limits: Limits, size: int) -> tuple[int, int]:
     """Make the picture in `path` a WebP of at most `size` pixels each way; return its size.
 
     Never enlarged. The same picture always gives the same bytes. Raises: BadPicture - it cannot be
-    decoded, or has too many pixels; OSError and MemoryError when it is not the picture's fault.
+    decoded, or is too large; OSError and MemoryError when it is not the picture's fault.
     """
-    with blaming_the_picture(), Image.open(path, formats=("PNG", *FORMATS)) as picture:
-        if picture.width * picture.height > limits.max_pixels:
-            raise BadPicture("The picture has too many pixels.")
+    # Beside it and then into its place: whoever dies on the way leaves the picture for another try.
+    smaller = path.with_name(f"{path.name}.webp")
+    try:
+        with blaming_the_picture(), path.open("rb") as file:
+            small = _small(file, limits, size)
+            small.save(smaller, "WEBP", quality=QUALITY)
+        smaller.replace(path)
+    finally:
+        smaller.unlink(missing_ok=True)
+    return small.size
+
+
+def _small(file: BinaryIO, limits: Limits, size: int) -> Image.Image:
+    with open_picture(file, limits, formats=("PNG", *FORMATS)) as picture:
         picture.draft("RGB", (size, size))  # a JPEG is decoded at a fraction of its size
         small = picture if picture.mode in SMOOTH else _converted(picture)
         small.thumbnail((size, size), Image.Resampling.LANCZOS)
-        small.save(path, "WEBP", quality=QUALITY)
-        return small.size
+        return small.copy()
 
 
 def _converted(picture: Image.Image) -> Image.Image:

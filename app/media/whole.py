@@ -7,7 +7,10 @@ from typing import BinaryIO
 
 from app.media.boxes import boxes
 
-_TAILS = {"image/jpeg": b"\xff\xd9", "image/gif": b";"}
+# In which the end of a JPEG is looked for: cameras and editors write behind it.
+_TAIL_BYTES = 1 << 16
+_JPEG_END = b"\xff\xd9"
+_GIF_END = b";"
 
 
 def is_whole(path: Path, media_type: str) -> bool:
@@ -26,6 +29,10 @@ def _ends(file: BinaryIO, size_bytes: int, media_type: str) -> bool:
         return bool(size_bytes >= 8 + riff_bytes)
     if media_type == "image/avif":
         return max((end for _, end in boxes(file, size_bytes)), default=0) == size_bytes
-    tail = _TAILS[media_type]
-    file.seek(-len(tail), os.SEEK_END)
-    return file.read() == tail
+    # Not in the first half, where a JPEG may hold a small one, end and all.
+    file.seek(max(size_bytes // 2, size_bytes - _TAIL_BYTES))
+    tail = file.read()
+    # Compressed, the two bytes of a JPEG's end never stand together.
+    return (
+        _JPEG_END in tail if media_type == "image/jpeg" else tail.rstrip(b"\0").endswith(_GIF_END)
+    )

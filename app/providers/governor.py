@@ -217,7 +217,7 @@ class RedisGovernor:
 
 
 async def _hearing_cancels(command: Awaitable[Any]) -> Any:
-    """Await a command; raise CancelledError if a cancel was lost in it.
+    """Await a command; raise CancelledError if a cancel was lost in it, however it ended.
 
     redis-py writes within `asyncio.wait_for`, and that one forgets a cancel which comes when what
     it waits for has just ended (Python 3.11; gh-86296, mended in 3.12). A run that goes on although
@@ -226,10 +226,11 @@ async def _hearing_cancels(command: Awaitable[Any]) -> Any:
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - in a coroutine there is one
     before = task.cancelling()
-    answer = await command
-    if task.cancelling() > before:
-        raise asyncio.CancelledError
-    return answer
+    try:
+        return await command
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 class Ungoverned:

@@ -176,7 +176,7 @@ class TestRinging:
 
 
 class TestUnrung:
-    """A broker that is away costs a second, and no job waits for it."""
+    """No job waits for a broker that is away."""
 
     @pytest.fixture(autouse=True)
     def _due_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +206,29 @@ class TestUnrung:
         without_broker.runs.in_line = 8  # of 10
         await without_broker.recovery.begin_unrung()
         assert len(without_broker.runs.begun) == 2
+
+    async def test_so_do_those_whose_ring_fails(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(_: Sequence[UUID]) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(worker.doorbell, "ring", full)
+        job = await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        with pytest.raises(MemoryError):
+            await worker.recovery.ring_due()
+        assert worker.runs.begun == [job.id]
+
+    async def test_a_database_that_fails_is_not_the_broker(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.repository, "due", lambda _: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                await worker.recovery.ring_due()
+        await worker.repository.add(NewJob("p", "a/b", {}), 60)
+        await worker.recovery.begin_unrung()
+        assert worker.runs.begun == []
 
     async def test_while_it_answers_they_wait_for_their_message(self, worker: Worker) -> None:
         await worker.repository.add(NewJob("p", "a/b", {}), 60)

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Connection, Redis
 
 from app.providers import governor as module
 from app.providers.governor import Call, RedisGovernor
@@ -182,10 +182,18 @@ class TestWithoutRedis:
         assert not await admits_at_once(governor)
 
 
+@pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("steps", range(12))
-async def test_a_cancel_at_any_step_is_heard(start: StartGovernor, steps: int) -> None:
+async def test_a_cancel_at_any_step_is_heard(
+    start: StartGovernor, steps: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut(*_: object) -> None:
+        raise ConnectionResetError
+
     governor = start(60_000)
     await governor.admit(Call.CREATE)  # connects
+    if fails:
+        monkeypatch.setattr(Connection, "_send_packed_command", cut)
     admitting = asyncio.create_task(governor.admit(Call.CREATE))
     for _ in range(steps):
         await asyncio.sleep(0)

@@ -142,6 +142,8 @@ def _good_others() -> Iterator[Sample]:
     yield _other("transparent webp", see_through)
     frames = {"save_all": True, "append_images": [noise().rotate(180)], "duration": 50}
     yield _other("animated webp", encoded(noise(), "WEBP", **frames))
+    several = {"save_all": True, "append_images": [noise().rotate(180)]}
+    yield _other("two pictures in one jpeg", encoded(noise(), "MPO", **several))
     yield _other("gif", encoded(noise("P"), "GIF"))
     yield _other("grey gif", encoded(noise("L"), "GIF"))
     yield _other("transparent gif", encoded(noise("P"), "GIF", transparency=3))

@@ -160,6 +160,21 @@ class TestMemory:
         grown += resident_bytes(os.getpid()) - before
         assert grown < GROWTH_BYTES
 
+    def test_an_animation_is_known_to_take_more(self, write: Write) -> None:
+        still = Image.new("L", (2000, 2000))
+        frames = {"save_all": True, "append_images": [still.point(lambda _: 9)]}
+        used = Decoder(max_pixels=50_000_000, memory_bytes=32 << 20)
+        with pytest.raises(TooLargeToDecode):
+            used.verify(write(encoded(still, "GIF", **frames)))
+        assert used.verify(write(encoded(still, "GIF"))) == (2000, 2000)
+
+    def test_a_thumbnail_is_not_tried_of_what_is_too_large(self, write: Write) -> None:
+        clear, plain = (Image.new(mode, (2000, 2000)) for mode in ("RGBA", "RGB"))
+        used = Decoder(max_pixels=50_000_000, memory_bytes=32 << 20)
+        with pytest.raises(TooLargeToDecode):
+            used.make_thumbnail(write(encoded(clear, "PNG")), 128)
+        assert used.make_thumbnail(write(encoded(plain, "PNG")), 128) == (128, 128)
+
 
 class TestDeath:
     @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])

@@ -17,6 +17,21 @@ def test_one_that_has_its_end_is_whole(pillow_format: str, tmp_path: Path) -> No
     assert is_whole(path, f"image/{pillow_format.lower()}")
 
 
+def test_what_stands_behind_the_end_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for pillow_format, more in (("JPEG", b"trailer"), ("GIF", bytes(9)), ("WEBP", b"more")):
+        path.write_bytes(encoded(noise(), pillow_format) + more)
+        assert is_whole(path, f"image/{pillow_format.lower()}")
+
+
+def test_a_jpeg_that_holds_a_small_one_is_whole_only_with_its_own_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    small = encoded(noise("RGB", (8, 8)), "JPEG")
+    content = encoded(noise("RGB", (300, 300)), "JPEG", exif=b"Exif\0\0" + small)
+    path.write_bytes(content[:-2])
+    assert not is_whole(path, "image/jpeg")
+
+
 @pytest.mark.parametrize("kept_share", [0.01, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("pillow_format", FORMATS)
 def test_one_that_was_cut_off_is_not(pillow_format: str, kept_share: float, tmp_path: Path) -> None:
