@@ -183,6 +183,10 @@ class Lifecycle:
         except StorageError as error:
             log.error("storage_failed", error=str(error))
             return await self._conclude(claim, _internal("storage_unavailable"), None)
+        except (SQLAlchemyError, OSError) as error:
+            # The database failed, or this process was paused for longer than it waits.
+            log.warning("run_interrupted", error=type(error).__name__)
+            return await self._conclude(claim, _internal("internal_error"), None)
         except Exception:
             log.exception("run_failed")
             return await self._conclude(claim, _internal("internal_error"), None)

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
@@ -242,10 +243,11 @@ class Runtime:
             return await run.task
         except asyncio.CancelledError:
             return RunResult(Outcome.SKIPPED)
-        except Exception:
-            # The database went away, most likely. The job is still ours by its row; the lease
-            # check sees that no run stands behind it and frees it.
-            log.exception("run_abandoned", job_id=str(job_id))
+        except Exception as error:
+            # The job is still ours by its row; the lease check sees that no run stands behind it
+            # and frees it.
+            is_expected = isinstance(error, SQLAlchemyError | OSError)  # the database is away
+            log.warning("run_abandoned", job_id=str(job_id), exc_info=not is_expected)
             return RunResult(Outcome.SKIPPED)
         finally:
             self._runs.remove(run)
