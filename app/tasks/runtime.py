@@ -130,6 +130,7 @@ class Runtime:
         self._worker_id = uuid4()
         self._runs = RunRegistry(self._run)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_note)
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -269,6 +270,18 @@ class Runtime:
         await self._provider.aclose()
         for engine in self._engines:
             await engine.dispose()
+
+
+def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nobody waits for; a lost connection without the stack.
+
+    asyncpg leaves a future behind when it gives up connecting before the server has answered.
+    """
+    error = context.get("exception")
+    if isinstance(error, OSError):
+        log.warning("connection_lost_unheard", error=type(error).__name__)
+    else:
+        loop.default_exception_handler(context)
 
 
 def _end_with(duty: asyncio.Task[None]) -> None:

@@ -1,10 +1,13 @@
 """What a worker process knows of its runs."""
 
+import asyncio
 from uuid import uuid4
+
+import pytest
 
 from app.jobs.lifecycle import Outcome, RunResult
 from app.jobs.repository import Lease
-from app.tasks.runtime import RunRegistry, _Run
+from app.tasks.runtime import RunRegistry, _note, _Run
 
 
 async def _nothing(*_: object, **__: object) -> RunResult:
@@ -33,3 +36,13 @@ def test_only_jobs_that_go_on_are_resuming() -> None:
     assert runs.resuming() == {begun.job_id}
     begun.owns(Lease(begun.job_id, uuid4()))
     assert runs.resuming() == set()
+
+
+async def test_a_lost_connection_that_nobody_waits_for_is_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.get_running_loop()
+    _note(loop, {"message": "Future exception was never retrieved", "exception": ConnectionError()})
+    assert [record for record in caplog.records if record.exc_info] == []
+    _note(loop, {"message": "Task exception was never retrieved", "exception": KeyError()})
+    assert [record.name for record in caplog.records if record.exc_info] == ["asyncio"]
