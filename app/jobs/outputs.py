@@ -152,10 +152,12 @@ class OutputKeeper:
         arrival = await asyncio.to_thread(Arrival, path, png_check)
         try:
             async for chunk in self._chunks(value):
-                await asyncio.to_thread(arrival.write, chunk)
-                if arrival.size_bytes > self._max_bytes:
+                if arrival.size_bytes + len(chunk) > self._max_bytes:
                     raise _refused("output_too_large", "The output is larger than allowed.")
-                _refuse_beginning(value, arrival.head)
+                begins = len(arrival.head) < sniff.HEAD_BYTES
+                await asyncio.to_thread(arrival.write, chunk)
+                if begins:
+                    _refuse_beginning(value, arrival.head)
             if not arrival.size_bytes:
                 raise _refused("invalid_output", "The output is empty.")
             return _media_type(value, arrival.head), await asyncio.to_thread(arrival.finish)
