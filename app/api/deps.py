@@ -12,7 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from app.api.recent import RecentFiles
-from app.api.reports import Reports
+from app.api.singleflight import SingleFlight
 from app.api.thumbnails import Thumbnails
 from app.config import Settings
 from app.db import create_engine, create_sessions
@@ -30,6 +30,10 @@ Ring = Callable[[Sequence[UUID]], None]
 # Shorter than the health check's own limit, so that the check ends by itself.
 REDIS_TIMEOUT_SECONDS = 1.5
 
+# A report is known by its attempt, and by the id under which it is signed and sent again.
+ReportKey = tuple[UUID, str]
+REPORTS_REMEMBERED = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -44,7 +48,7 @@ class Services:
     dispatcher: Dispatcher
     redis: Redis
     webhooks: WebhookVerifier
-    reports: Reports
+    reports: SingleFlight[ReportKey, None]
 
 
 async def get_services(request: Request) -> Services:
@@ -83,7 +87,7 @@ async def open_services(
             dispatcher=dispatcher,
             redis=redis,
             webhooks=webhooks,
-            reports=Reports(),
+            reports=SingleFlight(REPORTS_REMEMBERED),
         )
     finally:
         await dispatcher.stop()

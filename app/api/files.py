@@ -235,7 +235,7 @@ async def _thumbnail(request: Request, app: Services, output: Output, size: int)
     except FileNotFoundError:
         raise JobNotFound("The file is no longer in the storage.") from None
     if data is None:
-        raise JobNotFound("There is no thumbnail of this file: it is not a picture.")
+        raise JobNotFound("There is no thumbnail of what is not a picture, or too large to decode.")
     headers = {
         "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
         "Cache-Control": FOR_EVER,

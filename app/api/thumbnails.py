@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import structlog
 
+from app.api.singleflight import SingleFlight
 from app.errors import StorageError
 from app.jobs.models import Output
 from app.media import sniff
@@ -29,10 +30,10 @@ class Thumbnails:
         self._decoder = Decoder(max_pixels=max_pixels, memory_bytes=memory_bytes)
         # The decoder takes turns by itself, but each who waits there would hold up a thread.
         self._turn = asyncio.Lock()
-        self._making: dict[str, asyncio.Task[bytes]] = {}
+        self._making: SingleFlight[str, bytes] = SingleFlight()
 
     async def get(self, output: Output, size: int) -> bytes | None:
-        """Return the WebP, or None when there can be none: the output is not a picture.
+        """Return the WebP, or None when there can be none: no picture, or too large to decode.
 
         Raises: FileNotFoundError - the output is not in the storage; StorageError.
         """
@@ -44,18 +45,10 @@ class Thumbnails:
         except FileNotFoundError:
             pass
         try:
-            return await self._made(key, output, size)
+            return await self._making.do(key, lambda: self._make(key, output, size))
         except BadPicture:
             log.warning("no_thumbnail", name=output.name)
             return None
-
-    async def _made(self, key: str, output: Output, size: int) -> bytes:
-        """Make it, once however many ask; who leaves early does not stop it for the others."""
-        task = self._making.get(key)
-        if task is None:
-            task = self._making[key] = asyncio.create_task(self._make(key, output, size))
-            task.add_done_callback(lambda _: self._making.pop(key))
-        return await asyncio.shield(task)
 
     async def _make(self, key: str, output: Output, size: int) -> bytes:
         path = self._storage.workspace / f"thumbnail-{uuid4().hex}"

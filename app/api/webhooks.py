@@ -34,7 +34,7 @@ async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
     body = await request.body()
     await _verify(app, body, request)
     key = attempt_id, request.headers["webhook-id"]
-    await app.reports.take(key, lambda: _take(app, attempt_id, _prediction(body)))
+    await app.reports.do(key, lambda: _take(app, attempt_id, _prediction(body)))
 
 
 async def _take(app: Services, attempt_id: UUID, prediction: Prediction) -> None:
