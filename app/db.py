@@ -11,9 +11,15 @@ from app.config import Settings
 
 Sessions = async_sessionmaker[AsyncSession]
 
+# Within which a request gets a pooled connection, or a 503.
+POOL_TIMEOUT_SECONDS = 3.0
+
 
 def create_engine(
-    settings: Settings, *, pool_size: int | None = None, pool_timeout_seconds: float = 3
+    settings: Settings,
+    *,
+    pool_size: int | None = None,
+    pool_timeout_seconds: float = POOL_TIMEOUT_SECONDS,
 ) -> AsyncEngine:
     """Make an engine. It belongs to the event loop that first uses it.
 

@@ -41,7 +41,7 @@ from app.jobs.repository import (
     Lease,
     Settlement,
 )
-from app.jobs.retry import Fail, RetryPolicy, decide
+from app.jobs.retry import Fail, Retry, RetryPolicy, decide
 from app.jobs.watch import PredictionWatcher
 from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
@@ -386,27 +386,34 @@ class Lifecycle:
         )
         try:
             if isinstance(decision, Fail):
-                await self._repository.fail(
-                    claim.lease,
-                    error_code=error.code,
-                    error_message=error.message,
-                    settlement=settlement,
-                )
-                log.warning("job_failed", code=error.code)
-                return RunResult(Outcome.FAILED, error.code)
-            await self._repository.retry_later(
-                claim.lease,
-                delay_seconds=decision.delay_seconds,
-                error_code=error.code,
-                error_message=error.message,
-                retries=decision.retries,
-                throttles=decision.throttles,
-                phase=_phase_to_keep(claim),
-                settlement=settlement,
-            )
+                return await self._fail(claim.lease, error, settlement)
+            return await self._retry_later(claim, error, settlement, decision)
         except LeaseLost:
             log.info("lease_lost")
             return RunResult(Outcome.SKIPPED)
+
+    async def _fail(
+        self, lease: Lease, error: ProviderError, settlement: Settlement | None
+    ) -> RunResult:
+        await self._repository.fail(
+            lease, error_code=error.code, error_message=error.message, settlement=settlement
+        )
+        log.warning("job_failed", code=error.code)
+        return RunResult(Outcome.FAILED, error.code)
+
+    async def _retry_later(
+        self, claim: Claim, error: ProviderError, settlement: Settlement | None, decision: Retry
+    ) -> RunResult:
+        await self._repository.retry_later(
+            claim.lease,
+            delay_seconds=decision.delay_seconds,
+            error_code=error.code,
+            error_message=error.message,
+            retries=decision.retries,
+            throttles=decision.throttles,
+            phase=_phase_to_keep(claim),
+            settlement=settlement,
+        )
         log.info("job_retries", code=error.code, delay_seconds=round(decision.delay_seconds, 2))
         return RunResult(Outcome.RETRY, error.code, decision.delay_seconds)
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
-from app.db import create_engine, create_sessions
+from app.db import POOL_TIMEOUT_SECONDS, create_engine, create_sessions
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
@@ -27,7 +27,9 @@ from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers import create_provider
+from app.providers.base import Provider
 from app.storage import create_storage
+from app.storage.base import Storage
 from app.tasks.doorbell import doorbell
 from app.tasks.wakeups import CANCELLED, listen
 
@@ -35,7 +37,7 @@ from app.tasks.wakeups import CANCELLED, listen
 STOP_SECONDS = 3.0
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
-POOL_TIMEOUT_SECONDS = 60.0
+PATIENT_SECONDS = 60.0
 # Of the pool's connections, for jobs that are not paid for yet: those that are never queue there.
 BEGINNING_SHARE = 0.3
 # Sweep and heartbeat have connections of their own: behind that queue they would look dead.
@@ -132,6 +134,7 @@ class Runtime:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_note)
         self._thread = threading.Thread(target=self._loop.run_forever, name="jobs", daemon=True)
+        self._engines: list[AsyncEngine] = []
         self._background: set[asyncio.Task[None]] = set()
         self._is_stopping = False
         self._stopping: Future[None] | None = None
@@ -170,43 +173,40 @@ class Runtime:
     async def _open(self) -> None:
         settings = self._settings
         beginning = max(1, round(BEGINNING_SHARE * settings.database_pool_size))
+        beginnings = self._open_database(beginning, PATIENT_SECONDS)
         going_on = max(1, settings.database_pool_size - beginning)
-        beginnings = _patient_engine(settings, beginning)
-        jobs = _patient_engine(settings, going_on)
-        duties = create_engine(settings, pool_size=DUTY_CONNECTIONS)
-        heartbeats = create_engine(settings, pool_size=HEARTBEAT_CONNECTIONS)
-        self._engines = (beginnings, jobs, duties, heartbeats)
-        self._repository = JobRepository(create_sessions(duties))
+        jobs = self._open_database(going_on, PATIENT_SECONDS)
+        self._repository = self._open_database(DUTY_CONNECTIONS)
         self._provider = create_provider(settings, lambda: self._recovery.living_workers)
-        self._watcher = PredictionWatcher(
-            self._provider,
-            interval_seconds=settings.poll_interval_seconds,
-            starting_seconds=settings.starting_deadline_seconds,
-            running_seconds=settings.running_deadline_seconds,
-        )
+        self._watcher = _watcher(settings, self._provider)
         self._checker = ParameterChecker(self._provider.input_schema)
         storage = create_storage(settings)
         self._lifecycle = Lifecycle(
-            JobRepository(create_sessions(jobs)),
-            JobRepository(create_sessions(beginnings)),
+            jobs,
+            beginnings,
             self._provider,
             self._watcher,
-            OutputKeeper(
-                self._provider,
-                storage,
-                max_bytes=settings.max_output_bytes,
-                max_pixels=settings.max_output_pixels,
-                deadline_seconds=settings.download_deadline_seconds,
-                concurrency=settings.download_concurrency,
-                decode_memory_bytes=settings.decode_memory_bytes,
-                store_original_format=settings.store_original_format,
-            ),
+            _keeper(settings, self._provider, storage),
             self._checker.knows,
             _policy(settings, self._provider.call_seconds),
         )
-        self._recovery = Recovery(
+        self._recovery = self._create_recovery(storage)
+
+    def _open_database(
+        self, connections: int, pool_timeout_seconds: float = POOL_TIMEOUT_SECONDS
+    ) -> JobRepository:
+        """Return a repository with a pool of its own: whoever uses it waits for nobody else."""
+        engine = create_engine(
+            self._settings, pool_size=connections, pool_timeout_seconds=pool_timeout_seconds
+        )
+        self._engines.append(engine)
+        return JobRepository(create_sessions(engine))
+
+    def _create_recovery(self, storage: Storage) -> Recovery:
+        settings = self._settings
+        return Recovery(
             self._repository,
-            JobRepository(create_sessions(heartbeats)),
+            self._open_database(HEARTBEAT_CONNECTIONS),
             self._provider,
             doorbell,
             self._runs,
@@ -291,8 +291,26 @@ def _end_with(duty: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _patient_engine(settings: Settings, connections: int) -> AsyncEngine:
-    return create_engine(settings, pool_size=connections, pool_timeout_seconds=POOL_TIMEOUT_SECONDS)
+def _watcher(settings: Settings, provider: Provider) -> PredictionWatcher:
+    return PredictionWatcher(
+        provider,
+        interval_seconds=settings.poll_interval_seconds,
+        starting_seconds=settings.starting_deadline_seconds,
+        running_seconds=settings.running_deadline_seconds,
+    )
+
+
+def _keeper(settings: Settings, provider: Provider, storage: Storage) -> OutputKeeper:
+    return OutputKeeper(
+        provider,
+        storage,
+        max_bytes=settings.max_output_bytes,
+        max_pixels=settings.max_output_pixels,
+        deadline_seconds=settings.download_deadline_seconds,
+        concurrency=settings.download_concurrency,
+        decode_memory_bytes=settings.decode_memory_bytes,
+        store_original_format=settings.store_original_format,
+    )
 
 
 def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
