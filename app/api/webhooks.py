@@ -1,7 +1,6 @@
 """POST /api/v1/webhooks/replicate/{attempt_id}: the provider rings when a prediction moves."""
 
 import json
-from typing import Any
 from uuid import UUID
 
 import structlog
@@ -10,7 +9,8 @@ from fastapi import APIRouter, Request
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
-from app.jobs.models import Attempt, AttemptState
+from app.jobs.models import Attempt
+from app.providers.answers import read_prediction
 from app.providers.base import Prediction
 from app.tasks.wakeups import wake
 
@@ -44,9 +44,19 @@ async def _take(app: Services, attempt_id: UUID, prediction: Prediction) -> None
     if not _speaks_of(attempt, prediction):
         log.warning("webhook_misdirected", attempt_id=str(attempt_id))
         raise Unauthorized("This report is about another attempt's prediction.")
-    if attempt.state is AttemptState.INTENT:
-        await app.repository.adopt(attempt.id, prediction)
+    if attempt.prediction_id is None:
+        await _adopt(app, attempt, prediction)
     await wake(app.redis, prediction.id)
+
+
+async def _adopt(app: Services, attempt: Attempt, prediction: Prediction) -> None:
+    if await app.repository.adopt(attempt.id, prediction):
+        return
+    if not await app.repository.is_known(attempt.provider, prediction.id):
+        # It was called absent, and the job has another by now: the report comes again, and then
+        # it can be stopped.
+        log.error("prediction_unwanted", attempt_id=str(attempt.id))
+        raise ServiceUnavailable("Another prediction of this job is under way.")
 
 
 async def _verify(app: Services, body: bytes, request: Request) -> None:
@@ -61,14 +71,7 @@ async def _verify(app: Services, body: bytes, request: Request) -> None:
 
 def _prediction(body: bytes) -> Prediction:
     try:
-        report: dict[str, Any] = json.loads(body)
-        return Prediction(
-            id=str(report["id"]),
-            status=str(report["status"]),
-            model_name=str(report.get("model") or ""),
-            input=report.get("input") or {},
-            version=report.get("version"),
-        )
+        return read_prediction(json.loads(body))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput("The report is not a prediction.") from error
 

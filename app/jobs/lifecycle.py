@@ -27,11 +27,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.errors import (
     FailureClass,
     LeaseLost,
-    PredictionNotFound,
     ProviderError,
     StorageError,
 )
-from app.jobs.models import Attempt, Charged, Job, JobPhase
+from app.jobs.charge import charged
+from app.jobs.models import Attempt, Job, JobPhase
 from app.jobs.outputs import DECODERS, OutputKeeper
 from app.jobs.reconcile import AttemptEnded, ReconcilePolicy, Reconciler
 from app.jobs.repository import (
@@ -42,6 +42,7 @@ from app.jobs.repository import (
     Settlement,
 )
 from app.jobs.retry import Fail, Retry, RetryPolicy, decide
+from app.jobs.shelf import Shelf
 from app.jobs.watch import PredictionWatcher
 from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
@@ -51,10 +52,9 @@ from app.providers.outcome import raise_for_outcome
 # of those that are paid for. As many as may be held open by `Prefer: wait`: at five seconds each,
 # a dozen creates a second.
 BEGUN_AT_ONCE = 64
-# With so many predictions that have ended and are not stored yet, none is begun: what is paid for
-# is kept before more is bought, however slow the disk, the network or this process is.
-UNSTORED_LIMIT = 50
-SEED_LIMIT = 2**31
+# Drawn below the first limit that the model takes. From fewer than these it would not be
+# unmistakable: a model that takes only smaller ones draws its own.
+SEED_LIMITS = (2**31, 2**16)
 CREATE_GRACE_SECONDS = 2.0
 # For a database that is away just when the id must be kept.
 RECORD_SECONDS = 30.0
@@ -135,9 +135,7 @@ class Lifecycle:
         self._policy = policy
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
-        self._unstored = 0
-        self._shelf_has_room = asyncio.Event()
-        self._shelf_has_room.set()
+        self._shelf = Shelf()
         self._suspects = asyncio.Lock()
         self._decoders = asyncio.Semaphore(DECODERS)
 
@@ -152,7 +150,7 @@ class Lifecycle:
         async with AsyncExitStack() as turn:
             if not at_once:
                 await turn.enter_async_context(self._turns)
-                await self._shelf_has_room.wait()
+                await self._shelf.wait_for_room()
             watch.begins()
             claim = await self._claim(job_id, worker_id, at_once=at_once)
             if claim is None:
@@ -200,8 +198,10 @@ class Lifecycle:
         await turn.aclose()
         attempt.prediction_id = prediction.id
         if not prediction.is_terminal:
-            prediction = await self._wait(attempt, prediction.id)
-        with self._on_the_shelf():
+            # One that is lost or can not be ended fails the job, but does not close the attempt:
+            # the sweep goes on stopping it.
+            prediction = await self._watcher.wait(prediction.id)
+        with self._shelf.holding(claim.job.id):
             await self._finish(claim, attempt, prediction)
 
     async def _finish(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
@@ -214,22 +214,6 @@ class Lifecycle:
             raise_for_outcome(prediction)
         await self._store(claim, attempt, prediction)
 
-    @contextmanager
-    def _on_the_shelf(self) -> Iterator[None]:
-        """Count a prediction that has ended until it is stored, or its run is over."""
-        self._count_unstored(1)
-        try:
-            yield
-        finally:
-            self._count_unstored(-1)
-
-    def _count_unstored(self, change: int) -> None:
-        self._unstored += change
-        if self._unstored < UNSTORED_LIMIT:
-            self._shelf_has_room.set()
-        else:
-            self._shelf_has_room.clear()
-
     async def _prediction(self, claim: Claim) -> tuple[Attempt, Prediction]:
         attempt = claim.attempt
         if attempt is None:
@@ -240,16 +224,6 @@ class Lifecycle:
         known = Prediction(attempt.prediction_id, "starting", attempt.model_name, attempt.input)
         return attempt, known
 
-    async def _wait(self, attempt: Attempt, prediction_id: str) -> Prediction:
-        """Wait for the end of a prediction.
-
-        One that can not be ended fails the job, but not the attempt: the sweep goes on stopping it.
-        """
-        try:
-            return await self._watcher.wait(prediction_id)
-        except PredictionNotFound as error:
-            raise AttemptEnded(error, _settlement(attempt, None, error)) from error
-
     # --- submit ------------------------------------------------------------------------------
 
     async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
@@ -257,6 +231,7 @@ class Lifecycle:
         await self._provider.admit()
         intended_at = time.monotonic()
         attempt = await self._beginnings.begin_attempt(claim.lease, self._provider.name, request)
+        claim.attempt, claim.job.phase = attempt, JobPhase.SUBMITTING
         creating = self._create(claim.lease, attempt, request, intended_at)
         prediction = await _uninterrupted(creating)
         log.info(
@@ -331,8 +306,8 @@ class Lifecycle:
         """
         given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
         knows = partial(self._knows_parameter, job.model_name)
-        if given.get("seed") is None and await knows("seed"):
-            given["seed"] = secrets.randbelow(SEED_LIMIT)
+        if given.get("seed") is None and (seed := await _draw_seed(knows)) is not None:
+            given["seed"] = seed
         wants_png = self._policy.ask_for_png and given.get("output_format") is None
         if wants_png and await knows("output_format", "png"):
             given["output_format"] = "png"
@@ -372,7 +347,18 @@ class Lifecycle:
             try:
                 yield
             finally:
-                await self._repository.end_decoding(claim.lease)
+                await self._end_decoding(claim.lease)
+
+    async def _end_decoding(self, lease: Lease) -> None:
+        """Take the crash back, insistently: three that never were would fail the job."""
+        give_up_at = time.monotonic() + RECORD_SECONDS
+        while True:
+            try:
+                return await self._repository.end_decoding(lease)
+            except (SQLAlchemyError, OSError):
+                if time.monotonic() > give_up_at:
+                    raise
+                await asyncio.sleep(RECORD_PAUSE_SECONDS)
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None
@@ -411,11 +397,19 @@ class Lifecycle:
             error_message=error.message,
             retries=decision.retries,
             throttles=decision.throttles,
-            phase=_phase_to_keep(claim),
+            phase=None if settlement else _phase_to_keep(claim, error),
             settlement=settlement,
         )
         log.info("job_retries", code=error.code, delay_seconds=round(decision.delay_seconds, 2))
         return RunResult(Outcome.RETRY, error.code, decision.delay_seconds)
+
+
+async def _draw_seed(knows: KnowsParameter) -> int | None:
+    for limit in SEED_LIMITS:
+        seed = secrets.randbelow(limit)
+        if await knows("seed", seed):
+            return seed
+    return None
 
 
 async def _uninterrupted(creating: Coroutine[Any, Any, Prediction]) -> Prediction:
@@ -457,7 +451,7 @@ def _settlement(
         attempt.id,
         attempt.prediction_id,
         outcome=prediction.status if prediction else error.code if error else "unknown",
-        charged=_charged(prediction, error),
+        charged=charged(prediction),
         error_class=error.failure_class if error else None,
         error_message=error.message if error else None,
         predict_time_seconds=prediction.predict_time_seconds if prediction else None,
@@ -465,26 +459,15 @@ def _settlement(
     )
 
 
-def _charged(prediction: Prediction | None, error: ProviderError | None) -> Charged:
-    """Tell whether a settled attempt costs anything.
+def _phase_to_keep(claim: Claim, error: ProviderError) -> JobPhase | None:
+    """Say to whoever is next whether a create may still be under way, or too young to be listed.
 
-    A refused create does not, nor a prediction that never started (`aborted`); otherwise the
-    time run is billed, also of one that failed (replicate.com/docs/topics/billing).
+    It is not, and its grace has begun, when the create itself has ended AMBIGUOUS.
     """
-    if isinstance(error, PredictionNotFound):
-        return Charged.UNKNOWN
-    if prediction is None or prediction.status == "aborted":
-        return Charged.NO
-    if prediction.status == "succeeded" or prediction.predict_time_seconds:
-        return Charged.YES
-    return Charged.UNKNOWN
-
-
-def _phase_to_keep(claim: Claim) -> JobPhase | None:
-    """While the last owner's create may be under way, whoever is next has to outwait it too."""
     attempt = claim.attempt
     unresolved = attempt is not None and attempt.prediction_id is None
-    return claim.job.phase if unresolved and claim.job.phase is JobPhase.SUBMITTING else None
+    is_over = error.failure_class is FailureClass.AMBIGUOUS
+    return claim.job.phase if unresolved and not is_over else None
 
 
 def _uncounted(error: ProviderError) -> ProviderError:

@@ -82,7 +82,7 @@ class OutputKeeper:
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
         one worth another download; StorageError.
         """
-        values = _joined(output_values(prediction.output))
+        values = output_values(prediction.output)
         if not values:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
@@ -273,13 +273,6 @@ def _promises_picture(address: str) -> bool:
         return False  # and `urlsplit` would remember it: megabytes, 128 times
     suffix = PurePosixPath(urlsplit(address).path).suffix.removeprefix(".").lower()
     return suffix in ("png", "jpg", "jpeg", "webp", "gif", "avif")
-
-
-def _joined(values: list[Any]) -> list[Any]:
-    """Language models give their text as a list of pieces: it is one output."""
-    if len(values) > 1 and all(isinstance(v, str) and not is_address(v) for v in values):
-        return ["".join(values)]
-    return values
 
 
 def _measure(path: Path, media_type: str) -> tuple[int, str, float | None]:

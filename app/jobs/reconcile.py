@@ -15,12 +15,15 @@ from app.errors import FailureClass, ProviderError
 from app.jobs.models import Attempt, Charged, JobPhase
 from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Settlement
 from app.providers.base import (
-    CLOCK_SKEW,
     LOGGED_ID_CHARS,
     Prediction,
     PredictionRequest,
     Provider,
+    of_model,
 )
+
+# Failures further apart than this (or than the deadline) are not taken for one long silence.
+LONGEST_GAP_SECONDS = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +67,29 @@ class _Age:
         return self.at_claim_seconds + time.monotonic() - self._claimed_at
 
 
+@dataclass(slots=True)
+class _Silence:
+    """For how long the provider's list could not be read, as far as this process knows.
+
+    Not how old the intent is: after an outage of ours one failed look would decide of money.
+    """
+
+    longest_gap_seconds: float
+    _since: float | None = None
+    _last: float = 0.0
+
+    def heard(self) -> None:
+        self._since = None
+
+    def failed(self) -> float:
+        """Return the seconds since the first of the failures that came one after the other."""
+        now = time.monotonic()
+        if self._since is None or now - self._last > self.longest_gap_seconds:
+            self._since = now
+        self._last = now
+        return now - self._since
+
+
 class Reconciler:
     """Resolves intents; one instance serves every job of the process."""
 
@@ -73,6 +99,7 @@ class Reconciler:
         self._repository = repository
         self._provider = provider
         self._policy = policy
+        self._silence = _Silence(max(policy.deadline_seconds, LONGEST_GAP_SECONDS))
 
     async def resolve(self, claim: Claim, attempt: Attempt) -> Prediction:
         """Return the attempt's prediction.
@@ -120,35 +147,65 @@ class Reconciler:
         known = await self._repository.attempt(attempt.id)
         if known is not None and known.prediction_id is not None:  # by the provider's report
             return Prediction(known.prediction_id, "starting", known.model_name, known.input)
-        own_seed = claim.job.parameters.get("seed") is None and "seed" in attempt.input
-        request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
-        try:
-            found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
-        except ProviderError as error:
-            self._give_up_if_unprovable(attempt, age, error)
-            raise
+        request = PredictionRequest(
+            attempt.model_name,
+            attempt.input,
+            0,
+            has_own_seed=attempt.has_own_seed(claim.job.parameters.get("seed")),
+        )
+        found = await self._find(attempt, request, age)
         for prediction in found:
+            if not of_model(prediction, request):
+                continue
             if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
                 log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
                 return prediction
+        await self._doubt_strangers(attempt, found, request)
         return None
 
-    def _give_up_if_unprovable(self, attempt: Attempt, age: _Age, error: ProviderError) -> None:
-        young = age.seconds < self._policy.deadline_seconds
-        if young and error.failure_class is not FailureClass.PERMANENT:
-            return
+    async def _find(
+        self, attempt: Attempt, request: PredictionRequest, age: _Age
+    ) -> list[Prediction]:
+        try:
+            found = await self._provider.find(request, age.seconds)
+        except ProviderError as error:
+            silent_seconds = 0.0
+            if error.failure_class is not FailureClass.THROTTLED:  # an answer, of a kind
+                silent_seconds = self._silence.failed()
+            lasting = min(age.seconds, silent_seconds) >= self._policy.deadline_seconds
+            if lasting or error.failure_class is FailureClass.PERMANENT:
+                raise self._unprovable(attempt, error) from error
+            raise
+        self._silence.heard()
+        return found
+
+    async def _doubt_strangers(
+        self, attempt: Attempt, found: list[Prediction], request: PredictionRequest
+    ) -> None:
+        """Raise if one with this very input, that is no job's, is said to be of another model."""
+        for stranger in found:
+            if of_model(stranger, request):
+                continue
+            if not await self._repository.is_known(self._provider.name, stranger.id):
+                raise self._unprovable(
+                    attempt,
+                    ProviderError(
+                        FailureClass.PERMANENT,
+                        "provider_outcome_unknown",
+                        "A prediction of this input is listed under another model's name.",
+                    ),
+                )
+
+    def _unprovable(self, attempt: Attempt, error: ProviderError) -> AttemptEnded:
         log.error("provider_outcome_unknown", attempt_id=str(attempt.id))
-        unknown = Settlement(
-            attempt.id, None, "unknown", Charged.UNKNOWN, error.failure_class, error.message
-        )
-        resubmit = self._policy.on_unknown_outcome == "resubmit"
-        raise AttemptEnded(
-            ProviderError(
-                FailureClass.TRANSIENT if resubmit else FailureClass.PERMANENT,
-                "provider_outcome_unknown",
-                "The provider never said whether it accepted the prediction;"
-                " it was not submitted again, because it may have been paid.",
-            ),
-            # Left open, it is looked for by the sweep, and stopped if it runs after all.
-            unknown if resubmit else None,
-        ) from error
+        message = "The provider never said whether it accepted the prediction"
+        if self._policy.on_unknown_outcome == "resubmit":
+            unknown = Settlement(
+                attempt.id, None, "unknown", Charged.UNKNOWN, error.failure_class, error.message
+            )
+            again = ProviderError(FailureClass.TRANSIENT, "provider_outcome_unknown", f"{message}.")
+            return AttemptEnded(again, unknown)
+        message += "; it was not submitted again, because it may have been paid."
+        given_up = ProviderError(FailureClass.PERMANENT, "provider_outcome_unknown", message)
+        # Left open, it is looked for by the sweep, and stopped if it runs after all.
+        return AttemptEnded(given_up, None)

@@ -14,11 +14,12 @@ from uuid import UUID
 import structlog
 
 from app.errors import FailureClass, ProviderError
+from app.jobs.charge import charged
 from app.jobs.models import Charged
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
 from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
-from app.providers.base import CLOCK_SKEW, PredictionRequest, Provider
+from app.providers.base import Prediction, PredictionRequest, Provider, of_model
 from app.storage.base import Storage
 
 BATCH = 500
@@ -131,7 +132,10 @@ class Recovery:
         self._unheard_until = 0.0  # of the monotonic clock
         self._cancelled = asyncio.Event()
         self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
+        self._orphans: set[UUID] = set()  # the attempts that are being stopped
         self.living_workers = 1
+        # Set by the first heartbeat: now this worker has a row, and may own jobs.
+        self.is_known = asyncio.Event()
 
     async def run(self) -> None:
         """Do all duties for ever; cancel the task to end them."""
@@ -148,7 +152,11 @@ class Recovery:
                 self.stop_lost_orphans,
             ):
                 duties.create_task(_every(self._sweep_seconds, duty))
-            stopping = _every(self._sweep_seconds, self.stop_orphans, nudge=self._cancelled)
+
+            async def stop_orphans() -> None:
+                await self.stop_orphans(duties)
+
+            stopping = _every(self._sweep_seconds, stop_orphans, nudge=self._cancelled)
             duties.create_task(stopping)
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.keep_house))
             duties.create_task(_every(HOUSEKEEPING_SECONDS, self.enforce_retention))
@@ -167,6 +175,7 @@ class Recovery:
         except Exception:
             self._unheard_until = time.monotonic() + self._lease_seconds
             raise
+        self.is_known.set()
 
     async def check_leases(self) -> None:
         """Stop runs whose job was cancelled or taken over; free jobs that no run stands behind."""
@@ -256,10 +265,15 @@ class Recovery:
             log.info("job_resumed_without_message", job_id=str(job_id))
             self._runs.start(job_id, at_once=True)
 
-    async def stop_orphans(self) -> None:
-        """Stop predictions whose job has ended without them (cancelled, past its deadline)."""
-        orphans = await self._repository.take_orphans(BATCH, known=True)
-        await asyncio.gather(*(self._stop_orphan(orphan) for orphan in orphans))
+    async def stop_orphans(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin to stop predictions whose job has ended without them (cancelled, say, or late).
+
+        Not waited for: one call that hangs must not hold up a cancel that comes after it.
+        """
+        for orphan in await self._repository.take_orphans(BATCH, known=True):
+            if orphan.attempt.id not in self._orphans:  # else it is still at it
+                self._orphans.add(orphan.attempt.id)
+                tasks.create_task(self._stop_orphan(orphan))
 
     async def stop_lost_orphans(self) -> None:
         """The same for creates whose answer was lost: they have to be found first.
@@ -295,6 +309,8 @@ class Recovery:
         except Exception as error:
             attempt_id = str(orphan.attempt.id)
             log.warning("orphan_not_stopped", attempt_id=attempt_id, error=type(error).__name__)
+        finally:
+            self._orphans.discard(orphan.attempt.id)
 
     async def _try_to_stop(self, orphan: Orphan) -> None:
         attempt = orphan.attempt
@@ -312,9 +328,11 @@ class Recovery:
         """Cancel the prediction; return how the attempt has ended, None if nobody knows yet."""
         attempt = orphan.attempt
         if prediction_id is not None:
-            await self._provider.cancel(prediction_id)
+            prediction = await self._provider.cancel(prediction_id)
+            if prediction is None and orphan.age_seconds < ORPHAN_PATIENCE_SECONDS:
+                return None  # the provider may not know yet what it has just made
             log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
-            return Settlement(attempt.id, prediction_id, "canceled", Charged.UNKNOWN)
+            return _settled(attempt.id, prediction_id, prediction)
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
             return Settlement(attempt.id, None, "absent", Charged.NO)
         return None
@@ -325,13 +343,28 @@ class Recovery:
         request = PredictionRequest(
             attempt.model_name, attempt.input, 0, has_own_seed=orphan.has_own_seed
         )
-        found = await self._provider.find(request, attempt.created_at - CLOCK_SKEW)
+        found = await self._provider.find(request, orphan.age_seconds)
+        found = [prediction for prediction in found if of_model(prediction, request)]
         if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
             return None  # it may be the other's, and that one is wanted
         for prediction in found:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
         return None
+
+
+def _settled(attempt_id: UUID, prediction_id: str, prediction: Prediction | None) -> Settlement:
+    """Say how it ended: it may have been done before the cancel came."""
+    if prediction is None:
+        return Settlement(attempt_id, prediction_id, "unknown", Charged.UNKNOWN)
+    return Settlement(
+        attempt_id,
+        prediction_id,
+        prediction.status if prediction.is_terminal else "canceled",
+        charged(prediction),
+        predict_time_seconds=prediction.predict_time_seconds,
+        version=prediction.version,
+    )
 
 
 def _given_up(orphan: Orphan, error: ProviderError) -> Settlement | None:

@@ -106,9 +106,9 @@ class Lease:
     token: UUID
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claim:
-    """A claimed job with its open attempt, if an earlier owner left one."""
+    """A claimed job with its open attempt: one that an earlier owner left, or our own by now."""
 
     job: Job
     lease: Lease
@@ -248,7 +248,9 @@ class JobRepository:
         """Note the found prediction of an attempt; tell whether the attempt has it now.
 
         For what was learned from outside a run: by the provider's report, or by the sweep for
-        a job that has ended. It changes an `intent` only; the job's create is no longer under way.
+        a job that has ended; the job's create is no longer under way. An attempt that was called
+        absent is opened again: whoever is next goes on with it, or stops it. Not while the job has
+        another open attempt.
         """
         job_id = select(attempts.job_id).where(attempts.id == attempt_id).scalar_subquery()
         job = (
@@ -265,7 +267,7 @@ class JobRepository:
                 # The job before its attempt, as everywhere: or this and the run that has just got
                 # its answer would wait for each other.
                 await session.execute(select(jobs.id).where(jobs.id == job_id).with_for_update())
-                if await session.scalar(_submitted(attempt_id, prediction)):
+                if await session.scalar(_found(attempt_id, prediction)):
                     await session.execute(job)
                 return await _has(session, attempt_id, prediction)
         except IntegrityError:  # another attempt has it
@@ -353,6 +355,8 @@ class JobRepository:
                 jobs.status.in_(UNFINISHED),
                 jobs.worker_id.is_(None),
                 jobs.cancel_requested_at.is_(None),
+                jobs.deadline_at > func.now(),  # what is late is not begun, nor poison tried again
+                jobs.crash_count < MAX_CRASHES,
                 or_(jobs.next_attempt_at.is_(None), jobs.next_attempt_at <= func.now()),
             )
             .values(
@@ -386,11 +390,11 @@ class JobRepository:
     ) -> Attempt:
         """Commit the intent to create a prediction; only after this may the call be made.
 
-        Raises: LeaseLost - also when a cancel has been asked for.
+        Raises: LeaseLost - also when a cancel has been asked for, or the deadline has passed.
         """
         number = select(func.count() + 1).where(attempts.job_id == lease.job_id)
         async with self._transactions.begin() as session:
-            await _expect(session, _guarded(lease).values(phase=JobPhase.SUBMITTING))
+            await _expect(session, _submitting(lease))
             result = await session.execute(
                 insert(Attempt)
                 .values(
@@ -419,7 +423,7 @@ class JobRepository:
         )
         try:
             async with self._transactions.begin() as session:
-                await _expect(session, _guarded(lease).values(phase=JobPhase.SUBMITTING))
+                await _expect(session, _submitting(lease))
                 return await session.scalar(intent) is not None
         except LeaseLost:
             return False
@@ -738,7 +742,7 @@ class JobRepository:
         )
         async with self._statements() as session:
             return [
-                Orphan(attempt, float(age_seconds), seed is None and "seed" in attempt.input)
+                Orphan(attempt, float(age_seconds), attempt.has_own_seed(seed))
                 for attempt, age_seconds, seed in await session.execute(statement)
             ]
 
@@ -912,15 +916,31 @@ def _owned(lease: Lease) -> Sequence[ColumnElement[bool]]:
     )
 
 
+def _submitting(lease: Lease) -> Update:
+    """What is past its deadline is not paid for any more."""
+    in_time = jobs.deadline_at > func.now()
+    return _guarded(lease).where(in_time).values(phase=JobPhase.SUBMITTING)
+
+
 def _submitted(attempt_id: UUID, prediction: Prediction) -> Any:
+    return _found(attempt_id, prediction).where(attempts.state == AttemptState.INTENT)
+
+
+def _found(attempt_id: UUID, prediction: Prediction) -> Any:
+    """Give an attempt its prediction, if it has none; whatever it was taken for before."""
     return (
         update(Attempt)
-        .where(attempts.id == attempt_id, attempts.state == AttemptState.INTENT)
+        .where(attempts.id == attempt_id, attempts.prediction_id.is_(None))
         .values(
             state=AttemptState.SUBMITTED,
             prediction_id=prediction.id,
             version=prediction.version,
             submitted_at=func.now(),
+            charged=Charged.UNKNOWN,
+            outcome=None,
+            error_class=None,
+            error_message=None,
+            settled_at=None,
         )
         .returning(attempts.id)
     )

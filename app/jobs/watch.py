@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import structlog
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import Prediction, Provider
+from app.providers.base import LOGGED_ID_CHARS, Prediction, Provider
 
 LONGEST_PAUSE_SECONDS = 30.0
 # From the deadline of a prediction to giving it up, whatever the provider says.
 CANCEL_GRACE_SECONDS = 30.0
+# The provider may say once that it does not know what it has just made, or a proxy before it may.
+MISSING_SECONDS = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +31,7 @@ class _Watch:
     since: float = field(default_factory=time.monotonic)
     running_since: float | None = None
     overdue_since: float | None = None
+    missing_since: float | None = None
     is_cancelled: bool = False
 
 
@@ -58,7 +61,7 @@ class PredictionWatcher:
     async def wait(self, prediction_id: str) -> Prediction:
         """Return the prediction when it is terminal.
 
-        Raises: PredictionNotFound when the provider no longer knows it;
+        Raises: PredictionNotFound when the provider has not known it for `MISSING_SECONDS`;
         ProviderError(PERMANENT) when it is overdue and cannot be ended.
         """
         watch = self._watches.setdefault(prediction_id, _Watch())
@@ -102,15 +105,24 @@ class PredictionWatcher:
         if not self._watches:
             return
         for prediction_id, seen in (await self._provider.poll(list(self._watches))).items():
+            watch = self._watches.get(prediction_id)
+            if watch is None:
+                continue
             if seen is None:
-                self._wake(prediction_id, PredictionNotFound())
+                self._miss(prediction_id, watch)
             else:
-                await self._judge(seen)
+                watch.missing_since = None
+                await self._judge(seen, watch)
 
-    async def _judge(self, prediction: Prediction) -> None:
-        watch = self._watches.get(prediction.id)
-        if watch is None:
-            return
+    def _miss(self, prediction_id: str, watch: _Watch) -> None:
+        now = time.monotonic()
+        if watch.missing_since is None:
+            watch.missing_since = now
+            log.warning("prediction_missing", prediction_id=prediction_id[:LOGGED_ID_CHARS])
+        elif now - watch.missing_since > MISSING_SECONDS:
+            self._wake(prediction_id, PredictionNotFound())
+
+    async def _judge(self, prediction: Prediction, watch: _Watch) -> None:
         if prediction.is_terminal:
             self._wake(prediction.id, prediction)
             return
@@ -124,7 +136,11 @@ class PredictionWatcher:
         """Cancel an overdue prediction, again until it was heard; then give it up."""
         if watch.overdue_since is None:
             watch.overdue_since = now
-            log.warning("prediction_overdue", status=prediction.status)
+            log.warning(
+                "prediction_overdue",
+                prediction_id=prediction.id[:LOGGED_ID_CHARS],
+                status=prediction.status,
+            )
         if now - watch.overdue_since > CANCEL_GRACE_SECONDS:
             self._wake(prediction.id, _overdue())
         elif not watch.is_cancelled:
@@ -132,7 +148,11 @@ class PredictionWatcher:
                 await self._provider.cancel(prediction.id)
                 watch.is_cancelled = True
             except ProviderError as error:
-                log.warning("prediction_not_cancelled", code=error.code)
+                log.warning(
+                    "prediction_not_cancelled",
+                    prediction_id=prediction.id[:LOGGED_ID_CHARS],
+                    code=error.code,
+                )
 
     def _is_overdue(self, watch: _Watch, now: float) -> bool:
         if watch.running_since is None:

@@ -1,14 +1,15 @@
 """What the service asks of a prediction service, in words that any of them can answer."""
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Protocol
 
 from app.errors import FailureClass, ProviderError
 
-# The provider's clock may differ from the database's by this much.
-CLOCK_SKEW = timedelta(seconds=60)
+# How Replicate writes a version that has a name; else it says `hidden`, `d-...` or the like.
+VERSION = re.compile(r"[0-9a-f]{64}")
 
 # Replicate's ids have 26; the mock's are long, because they carry the prompt.
 LOGGED_ID_CHARS = 32
@@ -64,10 +65,20 @@ def split_model(model_name: str) -> tuple[str, str, str]:
     return owner, name, version
 
 
-def of_model(prediction: Prediction, model_name: str) -> bool:
-    """Tell whether it is a prediction of this model, and of its version if one is named."""
-    owner, name, version = split_model(model_name)
-    return prediction.model_name == f"{owner}/{name}" and version in ("", prediction.version)
+def of_model(prediction: Prediction, request: PredictionRequest) -> bool:
+    """Tell whether it is a prediction of the model, and version, that was asked for.
+
+    Replicate has been recorded answering under another model's name than the one called: where
+    the input cannot be anybody else's, the name does not matter. Nor does a version's, unless both
+    are names of versions.
+    """
+    if request.has_own_seed:
+        return True
+    owner, name, version = split_model(request.model_name)
+    known = VERSION.fullmatch(version) and VERSION.fullmatch(prediction.version or "")
+    return prediction.model_name == f"{owner}/{name}" and (
+        not known or version == prediction.version
+    )
 
 
 def called_off() -> ProviderError:
@@ -120,17 +131,20 @@ class Provider(Protocol):
         """
         ...
 
-    async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
-        """Return the predictions of this model and exact input made since then, oldest first.
+    async def find(
+        self, request: PredictionRequest, made_within_seconds: float
+    ) -> list[Prediction]:
+        """Return the predictions of this exact input made in the last seconds, oldest first.
 
-        An empty list means that the provider has none. Raises: ProviderError when the
-        provider cannot say.
+        Of whatever model they are said to be: see `of_model`. An empty list means that the
+        provider has none. Raises: ProviderError when the provider cannot say.
         """
         ...
 
-    async def cancel(self, prediction_id: str) -> None:
-        """Ask the provider to stop a prediction; one that has ended, or is unknown, is no error.
+    async def cancel(self, prediction_id: str) -> Prediction | None:
+        """Ask the provider to stop a prediction; return it as it is then.
 
+        One that has ended already is no error, nor one that the provider does not know: None.
         Raises: ProviderError(TRANSIENT | THROTTLED | PERMANENT).
         """
         ...

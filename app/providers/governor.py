@@ -24,30 +24,41 @@ BURST_SECONDS = 1.0
 FAILURES_TO_OPEN = 10
 PROBE_SECONDS = 10
 FAILURE_MEMORY_SECONDS = 120
+# What a 429 may ask for; the adapter sees to it.
+LONGEST_PAUSE_SECONDS = 300.0
 # Nobody sleeps longer than this before asking again: the answer may have changed.
 LONGEST_SLEEP_SECONDS = 5.0
 # After Redis has failed it is left alone for a while.
 REDIS_REST_SECONDS = 5.0
 
 # KEYS: arrival time, paused until, failures in a row, next probe. ARGV: seconds per call, burst,
-# failures to open, probe interval. Returns the seconds to wait before asking again; 0: go; -1: go,
-# as a probe.
+# failures to open, probe interval, longest pause. Returns the seconds to wait before asking again;
+# 0: go; -1: go, as a probe; -2: go, although others have failed lately. A time that was written
+# down and is later than it can be is brought down: the server's clock has been set back since.
 ADMIT = """
 local t = redis.call('TIME')
 local now = t[1] + t[2] / 1000000
-local paused = tonumber(redis.call('GET', KEYS[2]) or 0)
+local function read(key, latest)
+    local at = tonumber(redis.call('GET', key) or 0)
+    if at <= latest then return at end
+    redis.call('SET', key, tostring(latest), 'EX', math.ceil(latest - now) + 1)
+    return latest
+end
+local paused = read(KEYS[2], now + ARGV[5])
 if paused > now then return tostring(paused - now) end
-if tonumber(redis.call('GET', KEYS[3]) or 0) >= tonumber(ARGV[3]) then
-    local probe = tonumber(redis.call('GET', KEYS[4]) or 0)
+local failures = tonumber(redis.call('GET', KEYS[3]) or 0)
+if failures >= tonumber(ARGV[3]) then
+    local probe = read(KEYS[4], now + ARGV[4])
     if probe > now then return tostring(probe - now) end
     redis.call('SET', KEYS[4], tostring(now + ARGV[4]), 'EX', 60)
     return '-1'
 end
 local interval = tonumber(ARGV[1])
-local arrival = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
+local arrival = math.max(read(KEYS[1], now + ARGV[2] * interval), now)
 local wait = arrival - (ARGV[2] - 1) * interval - now
 if wait > 0 then return tostring(wait) end
-redis.call('SET', KEYS[1], tostring(arrival + interval), 'EX', 3600)
+redis.call('SET', KEYS[1], tostring(arrival + interval), 'EX', math.ceil(ARGV[2] * interval) + 1)
+if failures > 0 then return '-2' end
 return '0'
 """
 
@@ -158,7 +169,8 @@ class RedisGovernor:
     async def throttled(self, call: Call, seconds: float) -> None:
         """See `Governor.throttled`."""
         log.warning("provider_throttled", call=call.value, seconds=seconds)
-        self._buckets[call].paused_until = time.monotonic() + seconds
+        bucket = self._buckets[call]
+        bucket.paused_until = max(bucket.paused_until, time.monotonic() + seconds)
         await self._ask(lambda: self._pause(keys=[_key(call, "paused")], args=[seconds]))
 
     async def succeeded(self, call: Call) -> None:
@@ -191,7 +203,13 @@ class RedisGovernor:
         answer = await self._ask(
             lambda: self._admit(
                 keys=[_key(call, word) for word in ("arrival", "paused", "failures", "probe")],
-                args=[interval, _burst(interval), FAILURES_TO_OPEN, PROBE_SECONDS],
+                args=[
+                    interval,
+                    _burst(interval),
+                    FAILURES_TO_OPEN,
+                    PROBE_SECONDS,
+                    LONGEST_PAUSE_SECONDS,
+                ],
             )
         )
         if answer is None:
@@ -200,7 +218,8 @@ class RedisGovernor:
             return self._buckets[call].wait_seconds(interval * self._workers(), time.monotonic())
         wait = float(answer)
         if wait < 0:
-            self._failures[call] += 1  # a probe: its success must close the breaker
+            # Others' failures count as our own: our success must end the row of them.
+            self._failures[call] = max(self._failures[call], 1)
         return wait
 
     async def _ask(self, command: Callable[[], Awaitable[Any]]) -> Any:

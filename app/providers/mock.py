@@ -139,16 +139,21 @@ class MockProvider:
                 found[prediction_id] = await self.get(prediction_id)
         return found
 
-    async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
+    async def find(
+        self, request: PredictionRequest, made_within_seconds: float
+    ) -> list[Prediction]:
         """See `Provider.find`: what no id was kept of never existed here, and cost nothing."""
-        del request, created_after
+        del request, made_within_seconds
         return []
 
-    async def cancel(self, prediction_id: str) -> None:
+    async def cancel(self, prediction_id: str) -> Prediction | None:
         """See `Provider.cancel`; known to this process only, which is enough for a mock."""
-        with suppress(PredictionNotFound):
+        try:
             if not (await self.get(prediction_id)).is_terminal:
                 self._canceled.add(prediction_id)
+            return await self.get(prediction_id)
+        except PredictionNotFound:
+            return None
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`: one schema for every model."""

@@ -13,6 +13,9 @@ PLATFORM_FAULT = re.compile(r"\bE(1000|6716)\b")
 MODERATION = re.compile(r"nsfw|flagged|sensitive|content policy|\bE005\b", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"\bE1001\b|out of memory", re.IGNORECASE)
 
+# The whole of a text, not its beginning: people and models write of addresses.
+ADDRESS = re.compile(r"https?://[^\s/?#]+\S*|mock:\S+|data:[^\s,]*,.*", re.DOTALL)
+
 MESSAGE_CHARS = 500
 
 
@@ -60,19 +63,21 @@ def output_values(output: Any) -> list[Any]:
 
     An output may be nothing, one value, or lists and objects of them at any depth. With addresses
     of files in it every value stands for itself, be it an address or not. Without any a list of
-    texts is those texts, and everything else is one document that makes sense only as a whole:
-    an embedding, say, or a caption with its score.
+    texts is one text, and everything else one document that makes sense only as a whole: an
+    embedding, say, or a caption with its score.
     """
     leaves = list(_leaves(output))
-    if not leaves or any(is_address(leaf) for leaf in leaves):
-        return leaves
+    addresses = sum(map(is_address, leaves))
     is_text = isinstance(output, list) and all(isinstance(item, str | None) for item in output)
-    return leaves if is_text else [output]
+    if is_text and leaves:
+        # A language model gives its text in pieces, and an address may be one of them.
+        return leaves if 2 * addresses >= len(leaves) else ["".join(leaves)]
+    return leaves if addresses or not leaves else [output]
 
 
 def is_address(value: Any) -> bool:
     """Tell whether this is where a file can be fetched, or the file itself as a data URL."""
-    return isinstance(value, str) and value.startswith(("https:", "http:", "data:", "mock:"))
+    return isinstance(value, str) and ADDRESS.fullmatch(value) is not None
 
 
 def _leaves(output: Any) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from replicate import (
 )
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
+from app.providers.answers import read_prediction, storable
 from app.providers.base import (
     MaySend,
     Prediction,
@@ -35,9 +36,9 @@ from app.providers.base import (
     called_off,
     split_model,
 )
-from app.providers.governor import Call, Governor, Ungoverned
+from app.providers.governor import LONGEST_PAUSE_SECONDS, Call, Governor, Ungoverned
 from app.providers.outcome import MESSAGE_CHARS
-from app.providers.search import PredictionSearch
+from app.providers.search import Page, PredictionSearch
 
 # Creates that may be held open at once by `Prefer: wait`; the others return at once and are
 # polled. httpx's pool scans all its connections at every request, so hundreds are not cheap.
@@ -52,7 +53,7 @@ GETS_PER_POLL = 20
 PAGES_PER_SEARCH = 200
 TRIES_PER_PAGE = 3
 
-RETRY_AFTER_BOUNDS = (1.0, 300.0)
+RETRY_AFTER_BOUNDS_SECONDS = (1.0, LONGEST_PAUSE_SECONDS)
 
 ACCOUNT_REFUSALS = {
     401: ("provider_auth", "The provider refused this service's credentials."),
@@ -107,7 +108,7 @@ class ReplicateProvider:
             timeout=self._timeout, follow_redirects=False, verify=self._tls
         )
         self._authorization = {"Authorization": f"Bearer {token}"}
-        self._search = PredictionSearch(self._pages_since)
+        self._search = PredictionSearch(self._pages_for_search)
 
     def _client(self, token: str, base_url: str, limits: httpx.Limits) -> AsyncReplicate:
         return AsyncReplicate(
@@ -139,7 +140,7 @@ class ReplicateProvider:
         asking = _may_send.set(may_send)
         try:
             async with self._calling(Call.CREATE):
-                return _prediction(await self._send(request, wait))
+                return read_prediction(await self._send(request, wait))
         finally:
             _may_send.reset(asking)
             self._held -= bool(wait)
@@ -154,7 +155,7 @@ class ReplicateProvider:
                     yield
         except ProviderError as error:
             if error.failure_class is FailureClass.THROTTLED:
-                pause = error.retry_after_seconds or RETRY_AFTER_BOUNDS[0]
+                pause = error.retry_after_seconds or RETRY_AFTER_BOUNDS_SECONDS[0]
                 await self._governor.throttled(call, pause)
             elif error.code in NO_ANSWER:
                 await self._governor.failed(call)
@@ -194,7 +195,7 @@ class ReplicateProvider:
                 response = await raw.get(prediction_id=prediction_id)
             except NotFoundError as error:
                 raise PredictionNotFound from error
-            return _prediction(await response.json())
+            return read_prediction(await response.json())
 
     async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
         """See `Provider.poll`: one page of the list watches 100 predictions."""
@@ -225,17 +226,20 @@ class ReplicateProvider:
 
     async def _poll_list(self, wanted: set[str], found: dict[str, Prediction | None]) -> None:
         pages = PAGES_PER_POLL + len(wanted) // PAGE_PREDICTIONS
-        async for page in self._pages({}, at_most=pages):
-            found.update({seen.id: seen for seen in page if seen.id in wanted})
+        async for page in self._pages(at_most=pages):
+            found.update({seen.id: seen for seen in page.predictions if seen.id in wanted})
             if len(found) == len(wanted):
                 return
 
-    async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
+    async def find(
+        self, request: PredictionRequest, made_within_seconds: float
+    ) -> list[Prediction]:
         """See `Provider.find`: the list has no filter but time, and echoes the input."""
-        return await self._search.find(request, created_after)
+        return await self._search.find(request, made_within_seconds)
 
-    async def _pages_since(self, created_after: datetime) -> AsyncGenerator[list[Prediction], None]:
-        query = {"created_after": created_after.astimezone(UTC).isoformat()}
+    async def _pages_for_search(self) -> AsyncGenerator[Page, None]:
+        """Yield the list, newest first. Not asked for by time: our clock is not the provider's."""
+        query: dict[str, str] = {}
         for _ in range(PAGES_PER_SEARCH):
             page, query = await self._page_insistently(query)
             yield page
@@ -245,9 +249,7 @@ class ReplicateProvider:
             FailureClass.TRANSIENT, "provider_error", "The provider's list is too long."
         )
 
-    async def _page_insistently(
-        self, query: dict[str, str]
-    ) -> tuple[list[Prediction], dict[str, str]]:
+    async def _page_insistently(self, query: dict[str, str]) -> tuple[Page, dict[str, str]]:
         """Ask again for a page that failed: of many pages one always may."""
         for _ in range(TRIES_PER_PAGE - 1):
             try:
@@ -257,39 +259,43 @@ class ReplicateProvider:
                     raise
         return await self._page(query)
 
-    async def _pages(
-        self, query: dict[str, str], *, at_most: int
-    ) -> AsyncGenerator[list[Prediction], None]:
+    async def _pages(self, *, at_most: int) -> AsyncGenerator[Page, None]:
         """Yield pages of the list of predictions, newest first."""
+        query: dict[str, str] = {}
         for _ in range(at_most):
-            predictions, query = await self._page(query)
-            yield predictions
+            page, query = await self._page(query)
+            yield page
             if not query:
                 return
 
-    async def _page(self, query: dict[str, str]) -> tuple[list[Prediction], dict[str, str]]:
+    async def _page(self, query: dict[str, str]) -> tuple[Page, dict[str, str]]:
         """Return one page, and the query of the next one (empty: it was the last)."""
         async with self._reading():
-            page = (
-                await self._reads.get(
-                    "/predictions", cast_to=httpx.Response, options={"params": query}
-                )
-            ).json()
-            predictions = [_prediction(entry) for entry in page["results"]]
+            response = await self._reads.get(
+                "/predictions", cast_to=httpx.Response, options={"params": query}
+            )
+            body = response.json()
             # Only the cursor is taken from `next`: the token follows no URL out of a body.
-            following = dict(httpx.URL(page["next"]).params) if page.get("next") else {}
-            if page.get("next") and not following:
+            following = dict(httpx.URL(body["next"]).params) if body.get("next") else {}
+            if body.get("next") and not following:
                 raise ValueError("a next page without a cursor")
-        return predictions, following
+            return _read_page(body["results"], response), following
 
-    async def cancel(self, prediction_id: str) -> None:
+    async def cancel(self, prediction_id: str) -> Prediction | None:
         """See `Provider.cancel`."""
         async with self._reading():
+            raw = self._reads.predictions.with_raw_response
             try:
-                await self._reads.predictions.with_raw_response.cancel(prediction_id=prediction_id)
+                response = await raw.cancel(prediction_id=prediction_id)
             except APIStatusError as error:
                 if error.status_code not in NOT_CANCELABLE:
                     raise
+            else:
+                return read_prediction(await response.json())
+        try:
+            return await self.get(prediction_id)
+        except PredictionNotFound:
+            return None
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`."""
@@ -456,7 +462,7 @@ def _detail(error: APIStatusError) -> str:
     body = error.body
     detail = body.get("detail") if isinstance(body, dict) else None
     if isinstance(detail, str) and detail:
-        return f"The provider refused the input: {_storable(detail)}"[:MESSAGE_CHARS]
+        return f"The provider refused the input: {storable(detail)}"[:MESSAGE_CHARS]
     return "The provider refused the input."
 
 
@@ -470,7 +476,7 @@ def _retry_after(error: APIStatusError) -> float | None:
     said = [error.response.headers.get("retry-after", ""), str(body.get("retry_after"))]
     said.append(text[1] if text else "")
     asked = [seconds for value in said if (seconds := _seconds(value)) is not None]
-    low, high = RETRY_AFTER_BOUNDS
+    low, high = RETRY_AFTER_BOUNDS_SECONDS
     return min(max(low, *asked), high) if asked else None
 
 
@@ -483,48 +489,27 @@ def _seconds(value: str) -> float | None:
         return None if math.isnan(seconds) else seconds
     try:
         return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _prediction(body: Any) -> Prediction:
-    """Read a prediction object; only `id` and `status` must be there.
-
-    Recorded answers leave out fields that the schema requires, and know more states than it.
-    Raises: ValueError, KeyError, TypeError.
-    """
-    identity, status = body["id"], body["status"]
-    if not (isinstance(identity, str) and identity and isinstance(status, str)):
-        raise ValueError("not a prediction")
-    metrics = body.get("metrics")
-    seconds = metrics.get("predict_time") if isinstance(metrics, dict) else None
-    return Prediction(
-        id=identity,
-        status=status,
-        model_name=str(body.get("model") or ""),
-        input=body.get("input") or {},
-        output=body.get("output"),
-        error=None if body.get("error") is None else _storable(str(body["error"])),
-        version=body.get("version"),
-        created_at=_time(body.get("created_at")),
-        started_at=_time(body.get("started_at")),
-        completed_at=_time(body.get("completed_at")),
-        predict_time_seconds=seconds if isinstance(seconds, int | float) else None,
-        data_removed=bool(body.get("data_removed")),
-    )
+def _read_page(entries: Any, response: httpx.Response) -> Page:
+    """Read what can be read: one strange entry must not hide the others. Raises: TypeError."""
+    predictions, unreadable = [], 0
+    for entry in entries:
+        try:
+            predictions.append(read_prediction(entry))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unreadable += 1
+    return Page(predictions, _date(response), unreadable)
 
 
-def _storable(text: str) -> str:
-    """Drop what PostgreSQL keeps in no text: NUL, and halves of a surrogate pair."""
-    return text.replace("\0", "").encode(errors="replace").decode()
-
-
-def _time(value: Any) -> datetime | None:
-    """Read a time, UTC unless it says otherwise; one that makes no sense costs no prediction."""
+def _date(response: httpx.Response) -> datetime:
+    """Return when the provider answered by its own clock; by ours if it does not say."""
     try:
-        at = datetime.fromisoformat(value)
-    except (ValueError, TypeError):
-        return None
+        at = parsedate_to_datetime(response.headers["date"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        at = datetime.now(UTC)
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 

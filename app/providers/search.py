@@ -5,56 +5,68 @@ same pages: that alone would use up the rate of calls that the provider allows.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from app.errors import FailureClass, ProviderError
 from app.providers.base import Prediction, PredictionRequest, of_model
 
-# Yields the predictions made since then in pages, newest first.
-ReadPages = Callable[[datetime], AsyncGenerator[list[Prediction], None]]
+# An answer's own date has whole seconds, and may not come from the clock that dates predictions.
+MARGIN_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A piece of the list, newest first; `answered_at` is on the provider's own clock."""
+
+    predictions: Sequence[Prediction]
+    answered_at: datetime
+    unreadable: int = 0  # entries that are no predictions as we know them
+
+
+# Reads the whole list.
+ReadPages = Callable[[], AsyncGenerator[Page, None]]
 
 
 class _Search:
     """One request that is looked for; its future gets the matches, oldest first."""
 
-    def __init__(self, request: PredictionRequest, created_after: datetime) -> None:
-        self.created_after = created_after
+    def __init__(self, request: PredictionRequest, made_within_seconds: float) -> None:
         self.future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         self._request = request
+        self._since = time.monotonic() - made_within_seconds
         self._matches: list[Prediction] = []
-        self._input_deleted = False
+        self._input_deleted = self._is_unsure = False
 
-    def look_at(self, page: Sequence[Prediction]) -> None:
-        """Compare the predictions of one page; end when the rest of the list is older."""
-        for seen in page:
-            if seen.created_at is not None and seen.created_at < self.created_after:
+    def look_at(self, page: Page) -> None:
+        """Compare the predictions of one page; end when the rest of the list is older.
+
+        How long ago we asked for a prediction is known by our clock, when it was made by the
+        provider's: the two may differ by any amount.
+        """
+        age = timedelta(seconds=time.monotonic() - self._since + MARGIN_SECONDS)
+        self._is_unsure |= page.unreadable > 0
+        for seen in page.predictions:
+            if seen.created_at is not None and seen.created_at < page.answered_at - age:
                 self.end()
                 return
             if seen.data_removed:
-                self._input_deleted |= self._may_be(seen)
-            elif seen.input == self._request.input and self._may_be(seen):
+                self._input_deleted |= of_model(seen, self._request)
+            elif seen.input == self._request.input:
                 self._matches.append(seen)
-
-    def _may_be(self, seen: Prediction) -> bool:
-        # Replicate has been recorded answering under another model's name than the one called:
-        # where the input cannot be anybody else's, the name does not matter.
-        return self._request.has_own_seed or of_model(seen, self._request.model_name)
 
     def end(self) -> None:
         """All there is has been seen."""
-        if self._matches or not self._input_deleted:
+        if self._matches or not (self._input_deleted or self._is_unsure):
             if not self.future.done():
                 self.future.set_result(self._matches[::-1])
-            return
-        self.fail(
-            ProviderError(
-                FailureClass.PERMANENT,
-                "input_deleted",
-                "The provider has deleted by which input a prediction could be recognised.",
-            )
-        )
+        elif self._input_deleted:
+            self.fail(_unsure(FailureClass.PERMANENT, "input_deleted", "has deleted"))
+        else:
+            self.fail(_unsure(FailureClass.TRANSIENT, "provider_error", "does not say"))
 
     def fail(self, error: BaseException) -> None:
         """The list could not be read as far as this search needs it."""
@@ -70,11 +82,13 @@ class PredictionSearch:
         self._waiting: list[_Search] = []
         self._reader: asyncio.Task[None] | None = None
 
-    async def find(self, request: PredictionRequest, created_after: datetime) -> list[Prediction]:
+    async def find(
+        self, request: PredictionRequest, made_within_seconds: float
+    ) -> list[Prediction]:
         """See `Provider.find`. The list is read after the call began, never earlier: whoever
         comes while it is being read waits for the next reading.
         """
-        search = _Search(request, created_after)
+        search = _Search(request, made_within_seconds)
         self._waiting.append(search)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read_for_all())
@@ -96,8 +110,7 @@ class PredictionSearch:
                     search.fail(error)
 
     async def _read(self, searches: list[_Search]) -> None:
-        oldest = min(search.created_after for search in searches)
-        async with aclosing(self._read_pages(oldest)) as pages:
+        async with aclosing(self._read_pages()) as pages:
             async for page in pages:
                 searches = [search for search in searches if not search.future.done()]
                 for search in searches:
@@ -106,3 +119,9 @@ class PredictionSearch:
                     return
         for search in searches:
             search.end()
+
+
+def _unsure(failure_class: FailureClass, code: str, what: str) -> ProviderError:
+    return ProviderError(
+        failure_class, code, f"The provider {what} by which input a prediction could be recognised."
+    )

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from celery import Task
 from celery.exceptions import Retry
-from celery.signals import worker_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 from celery.worker.request import Request
 
 from app.jobs.lifecycle import Outcome, RunResult
@@ -62,21 +62,21 @@ def _run(job_id: object) -> RunResult:
 
 
 @worker_init.connect
-def _refuse_other_pools(sender: Any, **_: Any) -> None:
-    """A forked pool would wait for ever on an event loop that stayed in the parent.
-
-    (`--pool=prefork` is Celery's default, so it means `worker_pool` here.)
-    """
-    if "thread" not in sender.pool_cls.__module__:
-        raise SystemExit("This worker runs with --pool threads only (the default here).")
+def _start(sender: Any, **_: Any) -> None:
+    """Take part from the start: Celery calls itself ready only once the broker answers."""
+    _refuse_other_pools(sender.pool_cls.__module__)
     runtime.start()
     gc.collect()
     gc.freeze()  # modules are not garbage: to look again and again would take a tenth of the time
 
 
-@worker_ready.connect
-def _begin_duties(**_: Any) -> None:
-    runtime.begin_duties()
+def _refuse_other_pools(pool: str) -> None:
+    """A forked pool would wait for ever on an event loop that stayed in the parent.
+
+    (`--pool=prefork` is Celery's default, so it means `worker_pool` here.)
+    """
+    if "thread" not in pool:
+        raise SystemExit("This worker runs with --pool threads only (the default here).")
 
 
 @worker_shutting_down.connect

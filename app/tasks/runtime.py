@@ -140,12 +140,12 @@ class Runtime:
         self._stopping: Future[None] | None = None
 
     def start(self) -> None:
-        """Start the loop and open everything on it; raise if that fails."""
+        """Start the loop, open everything on it, and begin heartbeat, sweep and poller.
+
+        The worker takes part from now on, whether there is a broker or not. Raises if that fails.
+        """
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
-
-    def begin_duties(self) -> None:
-        """Start heartbeat, sweep and poller: the worker takes part from now on."""
         self._loop.call_soon_threadsafe(self._start_background)
 
     def run(self, job_id: UUID) -> RunResult:
@@ -238,8 +238,7 @@ class Runtime:
             return RunResult(Outcome.SKIPPED)
         run = _Run(job_id, at_once)
         self._runs.add(run)
-        running = self._lifecycle.run(job_id, self._worker_id, run, at_once=at_once)
-        run.task = asyncio.create_task(running)
+        run.task = asyncio.create_task(self._run_alive(run))
         try:
             return await run.task
         except asyncio.CancelledError:
@@ -248,10 +247,20 @@ class Runtime:
             # The job is still ours by its row; the lease check sees that no run stands behind it
             # and frees it.
             is_expected = isinstance(error, SQLAlchemyError | OSError)  # the database is away
-            log.warning("run_abandoned", job_id=str(job_id), exc_info=not is_expected)
+            log.warning(
+                "run_abandoned",
+                job_id=str(job_id),
+                error=type(error).__name__,
+                exc_info=not is_expected,
+            )
             return RunResult(Outcome.SKIPPED)
         finally:
             self._runs.remove(run)
+
+    async def _run_alive(self, run: _Run) -> RunResult:
+        """Claim nothing before the first heartbeat: others would take it from an unknown worker."""
+        await self._recovery.is_known.wait()
+        return await self._lifecycle.run(run.job_id, self._worker_id, run, at_once=run.at_once)
 
     async def _stop(self) -> None:
         for task in self._background:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import re
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tests.doubles import clock
 from tests.doubles.replicate_bodies import (
     CreatedReply,
     create_body,
@@ -83,7 +83,7 @@ class ReplicateApi:
     def _admit(self, kind: Kind, request: Request) -> None:
         """Count the request, then refuse it for its token or for the rate limit."""
         self.ledger.requests[kind] += 1
-        request.state.called_at = time.time()
+        request.state.called_at = clock.now()
         if kind == "create":
             self.ledger.create_calls.append(request.state.called_at)
         if kind == "download":
@@ -164,7 +164,7 @@ class ReplicateApi:
         return prediction
 
     def _body(self, prediction: Prediction, request: Request) -> dict[str, Any]:
-        return prediction_body(prediction, self.ledger.settings, _origin(request), time.time())
+        return prediction_body(prediction, self.ledger.settings, _origin(request), clock.now())
 
     async def list_predictions(self, request: Request) -> Reply:
         query = request.query_params
@@ -190,7 +190,7 @@ class ReplicateApi:
 
     async def cancel(self, request: Request) -> Reply:
         prediction = self._prediction(request)
-        prediction.cancel(time.time())
+        prediction.cancel(clock.now())
         return JSONResponse(self._body(prediction, request))
 
     async def get_model(self, request: Request) -> Reply:
@@ -227,7 +227,7 @@ class ReplicateApi:
 
     def _file_index(self, prediction: Prediction, file_name: str) -> int | None:
         """Which output the name means; None when it is no output, not made yet or expired."""
-        now = time.time()
+        now = clock.now()
         completed_at = prediction.completed_at(now) or now
         expired = now >= completed_at + self.ledger.settings.file_lifetime_seconds
         match = OUTPUT_NAME.fullmatch(file_name)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import re
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from tests.doubles import clock
 from tests.doubles.replicate_ledger import TERMINAL, CreateRequest, Prediction, iso
 from tests.doubles.replicate_models import invalid_fields
 from tests.doubles.replicate_replies import MEDIA_TYPES, Problem, connection, extension, picture
@@ -124,7 +124,7 @@ class CreatedReply:
             await self._prediction.settle(hold_seconds)
         if self._after is not None:
             await asyncio.wait([self._after])
-        now = time.time()
+        now = clock.now()
         done = self._prediction.has_output(now) or self._prediction.status_at(now) in TERMINAL
         body = prediction_body(self._prediction, self._settings, self._origin, now)
         reply = JSONResponse(body, 201 if done or not hold_seconds else 202, self.headers)

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import math
 import secrets
-import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from tests.doubles import clock
 from tests.doubles.replicate_settings import FATE_FAULTS, Fault, Kind, Settings
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled", "aborted"})
@@ -149,7 +149,7 @@ class Prediction:
 
     async def settle(self, hold_seconds: float) -> None:
         """Wait until the output is complete or the prediction terminal, `hold_seconds` at most."""
-        until = time.time() + hold_seconds
+        until = clock.now() + hold_seconds
         await self._pass(min(until, self._ends_at(), self.output_at))
 
     async def ended(self) -> None:
@@ -158,7 +158,7 @@ class Prediction:
 
     async def _pass(self, at: float) -> None:
         """Return at this time, or as soon as the prediction is canceled."""
-        while (left := at - time.time()) > 0:
+        while (left := at - clock.now()) > 0:
             try:
                 async with asyncio.timeout(None if left == math.inf else left):
                     await self._canceled.wait()
@@ -216,8 +216,9 @@ class Ledger:
 
     def configure(self, settings: Settings) -> None:
         self.settings = settings
+        clock.ahead_seconds = settings.clock_ahead_seconds
         self._tokens = float(settings.creates_burst)
-        self._tokens_at = time.time()
+        self._tokens_at = clock.now()
 
     def take_fault(self, on: Kind, kinds: Collection[str], prompt: str) -> Fault | None:
         """The first fault that strikes this request, one of its times used up."""
@@ -232,7 +233,7 @@ class Ledger:
         rate = self.settings.creates_per_minute
         if rate is None:
             return 0.0
-        now = time.time()
+        now = clock.now()
         refill = (now - self._tokens_at) * rate / 60
         self._tokens = min(self._tokens + refill, float(self.settings.creates_burst))
         self._tokens_at = now
@@ -247,7 +248,7 @@ class Ledger:
         Creation times differ by a microsecond at least, so that they order the list.
         """
         earliest = self.predictions[-1].created_at + 1e-6 if self.predictions else 0.0
-        created_at = round(max(time.time(), earliest), 6)
+        created_at = round(max(clock.now(), earliest), 6)
         prediction = Prediction(request, self.settings, created_at)
         fate = self.take_fault("create", FATE_FAULTS, prediction.prompt)
         if fate is not None:
@@ -261,7 +262,7 @@ class Ledger:
     def page(self, cursor: str | None, after: float | None, before: float | None) -> Page:
         """One page of the predictions created in [after, before). ValueError: a bad cursor."""
         lag = self.settings.list_lag_seconds
-        listed_before = time.time() - lag if lag else math.inf
+        listed_before = clock.now() - lag if lag else math.inf
         first = 0 if after is None else self._created_before(after)
         last = self._created_before(min(listed_before, before or math.inf))
         start, end = _window(cursor, first, last)
@@ -276,7 +277,7 @@ class Ledger:
 
     def snapshot(self) -> dict[str, Any]:
         """The ledger as JSON: `creates` in order of creation, and what was counted."""
-        now = time.time()
+        now = clock.now()
         return {
             "creates": [asdict(prediction.entry(now)) for prediction in self.predictions],
             "create_calls": [iso(at) for at in self.create_calls],

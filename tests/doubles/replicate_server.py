@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,11 +28,15 @@ import httpx
 import uvicorn
 from pydantic import TypeAdapter
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tests.doubles import clock
 from tests.doubles.replicate_api import ReplicateApi
 from tests.doubles.replicate_control import ControlApi
 from tests.doubles.replicate_ledger import Ledger, LedgerEntry
@@ -199,6 +204,7 @@ def _config(port: int, parent_pid: int | None) -> uvicorn.Config:
         backlog=BACKLOG,
         log_config=None,
         access_log=False,
+        date_header=False,  # see _Dated
         callback_notify=end_with_parent,
         timeout_notify=0,
     )
@@ -207,9 +213,25 @@ def _config(port: int, parent_pid: int | None) -> uvicorn.Config:
 def _app() -> Starlette:
     ledger, webhooks = Ledger(), Webhooks()
     return Starlette(
+        middleware=[Middleware(_Dated)],
         routes=ReplicateApi(ledger, webhooks).routes() + ControlApi(ledger, webhooks).routes(),
         exception_handlers={Problem: _refuse, HTTPException: _refuse_route},
     )
+
+
+class _Dated:
+    """Dates every answer by the double's own clock."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Date"] = formatdate(clock.now(), usegmt=True)
+            await send(message)
+
+        await self._app(scope, receive, dated)
 
 
 async def _refuse(request: Request, problem: Exception) -> Response:

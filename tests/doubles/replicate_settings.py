@@ -35,6 +35,7 @@ class Settings(BaseModel):
     minimum_cancel_after_seconds: float = 5
     file_lifetime_seconds: float = 3600  # output URLs answer 404 this long after completion
     retention_seconds: float = 3600  # then input, output and logs leave the prediction
+    clock_ahead_seconds: float = 0  # of everybody else's; set it before the first create
     list_lag_seconds: float = 0  # age at which a prediction appears in the list
     all_official: bool = True
     official_models: frozenset[str] = frozenset()  # counts only while all_official is off

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from tests.doubles import clock
 from tests.doubles.replicate_bodies import prediction_body
 from tests.doubles.replicate_ledger import Prediction, WebhookCall, iso
 from tests.doubles.replicate_settings import WEBHOOK_ORIGIN, Settings
@@ -90,7 +91,7 @@ class _Reports:
 
     async def _send(self, event: str, webhook_id: str) -> bool:
         """Send all copies at once; tell whether one was answered with 2xx."""
-        now = time.time()
+        now = clock.now()
         document = prediction_body(self._prediction, self._settings, self._origin, now)
         body = json.dumps(document).encode()
         headers = signed_headers(self._settings.webhook_secret, body, webhook_id, now)
@@ -100,7 +101,7 @@ class _Reports:
         return any(200 <= call.status < 300 for call in calls)
 
     async def _post(self, event: str, body: bytes, headers: dict[str, str]) -> WebhookCall:
-        sent_at, started = time.time(), time.monotonic()
+        sent_at, started = clock.now(), time.monotonic()
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 status = await _post(httpx.URL(self.url), body, headers)

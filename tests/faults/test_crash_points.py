@@ -205,7 +205,8 @@ async def _check_cancel(stage: Stage, answer: tuple[Job | None, int]) -> None:
     assert len(stage.replicate.creates()) == creates, "created after the cancel was confirmed"
     for _ in range(2):
         await stage.second.recovery.stop_lost_orphans()
-        await stage.second.recovery.stop_orphans()
+        async with asyncio.TaskGroup() as tasks:
+            await stage.second.recovery.stop_orphans(tasks)
     running = [create.id for create in stage.replicate.creates() if create.status in RUNNING]
     assert running == [], "a prediction runs on"
     for known in (True, False):

@@ -16,7 +16,8 @@ from standardwebhooks import Webhook
 
 from app.api.deps import Services
 from app.config import Settings
-from app.jobs.models import Attempt
+from app.jobs.models import Attempt, Charged
+from app.jobs.repository import Lease, Settlement
 from app.providers.base import Prediction, PredictionRequest
 from app.tasks.wakeups import CHANNEL
 from tests.integration.api.conftest import (
@@ -32,7 +33,12 @@ INPUT = {"prompt": "a fox", "seed": 5}
 
 
 def report(prediction_id: str = "p1", **changes: Any) -> bytes:
-    body = {"id": prediction_id, "status": "starting", "model": "owner/name", "input": INPUT}
+    body: dict[str, Any] = {
+        "id": prediction_id,
+        "status": "starting",
+        "model": "owner/name",
+        "input": INPUT,
+    }
     return json.dumps({**body, **changes}).encode()
 
 
@@ -203,6 +209,44 @@ class TestBadReports:
         headers = signed(body) if body != b"\xff\xfe" else signed(report())
         response = await reporter.send(body, headers)
         assert response.status_code in (401, 422)
+
+    @pytest.mark.parametrize("prediction_id", [None, 5, "", "a\0b"])
+    async def test_what_has_no_id_is_refused(
+        self, reporter: Reporter, prediction_id: object
+    ) -> None:
+        problem_of(await reporter.send(report(id=prediction_id)), 422)
+        assert (await reporter.reload()).prediction_id is None
+
+
+class TestAbsent:
+    """The attempt was called absent before the provider reported on it."""
+
+    @pytest.fixture
+    async def absent(self, reporter: Reporter) -> Reporter:
+        await reporter.services.repository.settle_orphan(
+            Settlement(reporter.attempt.id, None, "absent", Charged.NO)
+        )
+        return reporter
+
+    async def test_it_has_its_prediction_after_all(self, absent: Reporter) -> None:
+        assert (await absent.send(report())).status_code == 204
+        attempt = await absent.reload()
+        assert (attempt.state, attempt.prediction_id) == ("submitted", "p1")
+        assert attempt.charged == Charged.UNKNOWN
+
+    async def test_while_the_job_has_another_the_report_shall_come_again(
+        self, absent: Reporter
+    ) -> None:
+        repository = absent.services.repository
+        job = await repository.get(absent.attempt.job_id)
+        assert job is not None
+        assert job.lease_token is not None
+        lease = Lease(job.id, job.lease_token)
+        again = PredictionRequest("owner/name", {**INPUT, "seed": 6}, 60)
+        attempt = await repository.begin_attempt(lease, "replicate", again)
+        problem_of(await absent.send(report()), 503)
+        await repository.settle_orphan(Settlement(attempt.id, None, "absent", Charged.NO))
+        assert (await absent.send(report())).status_code == 204
 
 
 class TestAttempts:

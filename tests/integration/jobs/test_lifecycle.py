@@ -175,6 +175,29 @@ class TestOutcomes:
         await parts.run(await parts.add())
         assert "output_format" not in replicate.creates()[0].input
 
+    @pytest.mark.parametrize(("maximum", "draws"), [(65_535, True), (255, False)])
+    async def test_a_seed_of_ours_is_one_that_the_model_takes(
+        self,
+        parts: Parts,
+        replicate: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        maximum: int,
+        draws: bool,
+    ) -> None:
+        properties = {"seed": {"type": "integer", "minimum": 256, "maximum": maximum}}
+
+        async def schema(_: str) -> dict[str, Any]:
+            return {"type": "object", "properties": properties}
+
+        checker = ParameterChecker(schema)
+        monkeypatch.setattr(parts.lifecycle, "_knows_parameter", checker.knows)
+        for _ in range(5):
+            await parts.run(await parts.add())
+        seeds = [create.input.get("seed") for create in replicate.creates()]
+        assert all(256 <= seed <= maximum for seed in seeds if seed is not None)
+        assert any(seed is not None for seed in seeds) is draws
+        await checker.aclose()
+
     async def test_a_clients_seed_is_kept(self, parts: Parts, replicate: ReplicateServer) -> None:
         await parts.run(await parts.add(seed=7))
         assert replicate.creates()[0].input["seed"] == 7
@@ -243,7 +266,7 @@ class TestFailures:
     async def test_throttling_costs_no_attempt(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.providers.replicate.RETRY_AFTER_BOUNDS", (0.01, 0.02))
+        monkeypatch.setattr("app.providers.replicate.RETRY_AFTER_BOUNDS_SECONDS", (0.01, 0.02))
         replicate.push_fault("create", "status", status=429, times=5)
         job_id = await parts.add()
         await self._until_done(parts, job_id)
@@ -330,6 +353,7 @@ class TestLostCreates:
         replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()
         assert await parts.run(job_id) == RunResult(Outcome.RETRY, "provider_no_answer", 0)
+        assert (await parts.run(job_id)).outcome is Outcome.RETRY
         await asyncio.sleep(0.3)
         assert (await parts.run_to_the_end(job_id))[-1] == "failed"
         assert (await parts.job(job_id)).error_code == "provider_outcome_unknown"
@@ -346,8 +370,71 @@ class TestLostCreates:
         replicate.push_fault("create", "accept_then_drop")
         replicate.push_fault("list", "drop", times=None)
         job_id = await parts.add()
+        for _ in range(2):
+            assert (await parts.run(job_id)).outcome is Outcome.RETRY
+        await asyncio.sleep(0.1)
         assert (await parts.run_to_the_end(job_id))[-1] == "completed"
         assert len(replicate.creates()) == 2
+
+    @pytest.mark.parametrize("status", [429, 500])
+    async def test_one_look_that_fails_proves_nothing_however_old_the_intent(
+        self, parts: Parts, replicate: ReplicateServer, status: int
+    ) -> None:
+        """All workers were away for longer than the list may be silent."""
+        parts.change_reconcile_policy(deadline_seconds=0.2)
+        replicate.push_fault("create", "accept_then_drop")
+        job_id = await parts.add()
+        await parts.run(job_id)
+        await asyncio.sleep(0.3)
+        replicate.push_fault("list", "status", status=status, times=3)
+        assert (await parts.run(job_id)).outcome is Outcome.RETRY
+        assert (await parts.run_to_the_end(job_id))[-1] == "completed"
+        assert len(replicate.creates()) == 1
+
+    @pytest.mark.parametrize("ahead_seconds", [600, -600])
+    async def test_whatever_the_providers_clock_says(
+        self, parts: Parts, replicate: ReplicateServer, ahead_seconds: int
+    ) -> None:
+        replicate.configure(clock_ahead_seconds=ahead_seconds)
+        replicate.push_fault("create", "accept_then_drop")
+        job_id = await parts.add()
+        assert await parts.run_to_the_end(job_id) == ["retry", "completed"]
+        assert len(replicate.creates()) == 1
+
+    async def test_a_seed_of_null_is_nobodys_own(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        """Without a schema none is drawn, and the input may be another model's as well."""
+        replicate.configure(schemas=False)
+        replicate.push_fault("create", "accept_then_drop")
+        other = NewJob("a lighthouse", "acme/other", {"seed": None})
+        others = (await parts.repository.add(other, 60)).id
+        await parts.run(others)
+        replicate.push_fault("create", "drop")
+        job_id = await parts.add(seed=None)
+        await parts.run(job_id)
+        # Whose the one prediction is can not be known until the other job has it.
+        assert (await parts.run_to_the_end(job_id))[-1] == "failed"
+        assert (await parts.job(job_id)).error_code == "provider_outcome_unknown"
+        assert await parts.run_to_the_end(others) == ["completed"]
+        assert [made.model for made in replicate.creates()] == ["acme/other"]
+
+    async def test_our_own_failure_after_the_intent_does_not_shorten_the_grace(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Created, and the id could not be written down: the list may show it late."""
+        for name in ("RECORD_SECONDS", "RECORD_PAUSE_SECONDS"):
+            monkeypatch.setattr(module, name, 0)
+        parts.change_reconcile_policy(call_seconds=1, grace_seconds=2)
+        replicate.configure(list_lag_seconds=1.5)
+        job_id = await parts.add()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                parts.repository, "record_prediction", Mock(side_effect=ConnectionRefusedError)
+            )
+            assert (await parts.run(job_id)).error_code == "internal_error"
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        assert len(replicate.creates()) == 1
 
     async def test_one_that_the_provider_accepts_late_is_not_made_again(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -521,7 +608,7 @@ class TestFlood:
     async def test_none_is_begun_while_too_many_are_not_stored(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.jobs.lifecycle.UNSTORED_LIMIT", 1)
+        monkeypatch.setattr("app.jobs.shelf.UNSTORED_LIMIT", 1)
         storing, go_on = asyncio.Event(), asyncio.Event()
         keep = parts.keeper.keep
 
@@ -538,6 +625,25 @@ class TestFlood:
         assert len(replicate.creates()) == 1
         go_on.set()
         assert {(await run).outcome for run in (first, second)} == {Outcome.COMPLETED}
+
+    async def test_nor_while_too_many_can_not_be_stored(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.jobs.shelf.UNSTORED_LIMIT", 2)
+        monkeypatch.setattr("app.jobs.shelf.REMEMBERED_SECONDS", 0.5)
+        ids = [await parts.add() for _ in range(3)]
+        with monkeypatch.context() as full:
+            full.setattr("app.storage.local._move_durably", Mock(side_effect=OSError(28, "full")))
+            for job_id in ids[:2]:
+                assert (await parts.run(job_id)).error_code == "storage_unavailable"
+            third = asyncio.create_task(parts.run(ids[2]))
+            await asyncio.sleep(0.2)
+            assert len(replicate.creates()) == 2
+            # Whoever is paid for is tried again all the same.
+            assert (await parts.run(ids[0], at_once=True)).error_code == "storage_unavailable"
+        for job_id in ids[:2]:
+            assert (await parts.run(job_id, at_once=True)).outcome is Outcome.COMPLETED
+        assert (await third).outcome is Outcome.COMPLETED
 
 
 @asynccontextmanager
@@ -564,6 +670,45 @@ class TestPausedWorker:
         monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
         assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
         assert replicate.creates() == []
+
+
+class TestMissing:
+    async def test_one_404_does_not_end_a_paid_job(
+        self, parts: Parts, replicate: ReplicateServer
+    ) -> None:
+        replicate.configure(latency_seconds=2)
+        replicate.push_fault("get", "status", status=404, times=2)
+        job_id = await parts.add()
+        assert (await parts.run(job_id)).outcome is Outcome.COMPLETED
+
+    async def test_many_do_and_leave_it_to_be_stopped(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.jobs.watch.MISSING_SECONDS", 0.2)
+        replicate.configure(latency_seconds=60)
+        replicate.push_fault("get", "status", status=404, times=None)
+        job_id = await parts.add()
+        assert (await parts.run(job_id)).error_code == "prediction_not_found"
+        [orphan] = await parts.repository.take_orphans(10)
+        assert orphan.attempt.job_id == job_id
+
+
+class TestCrashCount:
+    async def test_a_database_that_fails_is_no_crash(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "RECORD_PAUSE_SECONDS", 0)
+        end, failures = parts.repository.end_decoding, [ConnectionRefusedError()] * 3
+
+        async def failing(*args: Any) -> None:
+            if failures:
+                raise failures.pop()
+            await end(*args)
+
+        monkeypatch.setattr(parts.repository, "end_decoding", failing)
+        job_id = await parts.add(output_format="webp")
+        assert (await parts.run(job_id)).outcome is Outcome.COMPLETED
+        assert (failures, (await parts.job(job_id)).crash_count) == ([], 0)
 
 
 class TestDeadlines:

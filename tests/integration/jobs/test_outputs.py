@@ -533,7 +533,7 @@ class TestRefused:
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "output_too_large")
         assert (await kept.one(data_url(bytes(MAX_BYTES))))[0].size_bytes == MAX_BYTES
 
-    @pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "mock:x/0", "https://", "data:,"])
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "mock:x/0", "data:,"])
     async def test_an_address_that_leads_nowhere_is_refused(self, kept: Kept, url: str) -> None:
         assert (await kept.refuse(url)).failure_class is FailureClass.PERMANENT
 

@@ -15,7 +15,7 @@ from app.config import Settings
 from app.errors import FailureClass, ProviderError
 from app.jobs import recovery as module
 from app.jobs import repository as repository_module
-from app.jobs.models import JobStatus
+from app.jobs.models import Charged, JobStatus
 from app.jobs.recovery import Recovery
 from app.jobs.repository import Claim, JobRepository, Lease, NewJob
 from app.jobs.retention import RetentionPolicy
@@ -352,7 +352,8 @@ class TestOrphans:
         prediction = await worker.provider.create(REQUEST)
         await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
         await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_orphans()
+        async with asyncio.TaskGroup() as tasks:
+            await worker.recovery.stop_orphans(tasks)
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10) == []
 
@@ -422,10 +423,53 @@ class TestOrphans:
 
         monkeypatch.setattr(worker.provider, "find", find)
         await worker.recovery.stop_lost_orphans()
-        await worker.recovery.stop_orphans()
+        async with asyncio.TaskGroup() as tasks:
+            await worker.recovery.stop_orphans(tasks)
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         for is_known in (True, False):
             assert await worker.repository.take_orphans(10, known=is_known) == []
+
+    async def test_a_call_that_hangs_does_not_hold_up_the_next(
+        self, worker: Worker, replicate: ReplicateServer
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        replicate.push_fault("cancel", "delay", seconds=30)
+        claims = [await worker.claim() for _ in range(2)]
+        for claim in claims:
+            attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+            prediction = await worker.provider.create(REQUEST)
+            await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        duties = asyncio.create_task(worker.recovery.run())
+        for claim in claims:
+            await worker.repository.cancel(claim.job.id)
+            worker.recovery.nudge()
+            await asyncio.sleep(0.4)
+        duties.cancel()
+        assert [bool(made.cancel_calls) for made in replicate.creates()] == [False, True]
+
+    @pytest.mark.parametrize(
+        ("latency_seconds", "outcome", "charged"),
+        [(0, "succeeded", Charged.YES), (30, "canceled", Charged.UNKNOWN)],
+    )
+    async def test_the_ledger_says_how_it_ended(
+        self,
+        worker: Worker,
+        replicate: ReplicateServer,
+        latency_seconds: float,
+        outcome: str,
+        charged: Charged,
+    ) -> None:
+        """One that was done before the cancel came has cost its time."""
+        replicate.configure(latency_seconds=latency_seconds, starting_seconds=latency_seconds)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        await worker.repository.cancel(claim.job.id)
+        async with asyncio.TaskGroup() as tasks:
+            await worker.recovery.stop_orphans(tasks)
+        [settled] = await worker.repository.attempts(claim.job.id)
+        assert (settled.outcome, settled.charged) == (outcome, charged)
 
     async def test_the_prediction_of_an_equal_create_is_left_alone(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

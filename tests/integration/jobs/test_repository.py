@@ -312,11 +312,21 @@ class TestSweep:
         assert (await reload(repository, early)).status is JobStatus.PENDING
 
     async def test_a_begun_job_has_a_deadline_of_its_own(self, repository: JobRepository) -> None:
-        late, early = await add(repository), await add(repository, -1)
+        late, early = await add(repository), await add(repository, 0.5)
         for job_id, seconds in ((late, -1), (early, 60)):
             assert await repository.claim(job_id, WORKER, seconds)
+        await asyncio.sleep(0.5)
         assert await repository.expire(10) == [late]
         assert (await reload(repository, late)).error_code == "deadline_exceeded"
+
+    async def test_what_is_late_is_not_begun(self, repository: JobRepository) -> None:
+        assert await repository.claim(await add(repository, -1), WORKER, 60) is None
+        claim = await repository.claim(await add(repository), WORKER, 0)
+        assert claim is not None
+        with pytest.raises(LeaseLost):
+            await repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        assert await repository.attempts(claim.job.id) == []
+        assert len(await repository.expire(10)) == 2
 
     async def test_hand_back_frees_all_and_forgets_the_worker(
         self, repository: JobRepository
@@ -327,6 +337,51 @@ class TestSweep:
         assert sorted(handed_back) == [claim.job.id for claim in mine]
         assert (await reload(repository, other.job.id)).worker_id is not None
         assert (await repository.stats(60)).workers == 1
+
+
+class TestAbsent:
+    """An attempt that was called absent, and of which the provider reports after all."""
+
+    async def absent(self, repository: JobRepository) -> Claim:
+        claim = await claimed(repository)
+        attempt = await repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        await repository.retry_later(
+            claim.lease,
+            delay_seconds=0,
+            error_code="create_lost",
+            error_message="",
+            settlement=Settlement(attempt.id, None, "absent", Charged.NO),
+        )
+        claim.attempt = attempt
+        return claim
+
+    async def test_the_next_owner_goes_on_with_it(self, repository: JobRepository) -> None:
+        absent = await self.absent(repository)
+        assert absent.attempt is not None
+        assert await repository.adopt(absent.attempt.id, prediction())
+        claim = await repository.claim(absent.job.id, WORKER, 60)
+        assert claim is not None
+        assert claim.attempt is not None
+        assert (claim.attempt.id, claim.attempt.prediction_id) == (absent.attempt.id, "p1")
+        assert (claim.attempt.outcome, claim.attempt.charged) == (None, Charged.UNKNOWN)
+
+    async def test_of_a_job_that_is_over_it_is_stopped(self, repository: JobRepository) -> None:
+        absent = await self.absent(repository)
+        assert absent.attempt is not None
+        await repository.cancel(absent.job.id)
+        assert await repository.take_orphans(10) == []
+        assert await repository.adopt(absent.attempt.id, prediction())
+        [orphan] = await repository.take_orphans(10)
+        assert orphan.attempt.prediction_id == "p1"
+
+    async def test_not_beside_another_open_one(self, repository: JobRepository) -> None:
+        absent = await self.absent(repository)
+        assert absent.attempt is not None
+        claim = await repository.claim(absent.job.id, WORKER, 60)
+        assert claim is not None
+        again = await repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        assert not await repository.adopt(absent.attempt.id, prediction())
+        assert await repository.adopt(again.id, prediction("p2"))
 
 
 class TestPoison:
@@ -346,6 +401,7 @@ class TestPoison:
         for crashes in range(3):
             assert await repository.fail_poisoned(10) == [], crashes
             await self.crash(repository, job_id, decoding=True)
+        assert await repository.claim(job_id, uuid4(), 60) is None
         assert await repository.fail_poisoned(10) == [job_id]
         assert (await reload(repository, job_id)).error_code == "poisoned"
 

@@ -57,8 +57,9 @@ async def test_two_runs_may_wait_for_one_prediction_and_one_of_them_go(
 
 
 async def test_an_unknown_prediction_ends_its_own_wait_only(
-    watcher: PredictionWatcher, provider: ReplicateProvider
+    watcher: PredictionWatcher, provider: ReplicateProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(watch, "MISSING_SECONDS", 0.05)
     created = [await provider.create(REQUEST) for _ in range(3)]
     waits = [asyncio.create_task(watcher.wait(id_)) for id_ in ("x" * 26, *(c.id for c in created))]
     async with running(watcher):

@@ -145,6 +145,15 @@ class TestBreaker:
             await governor.succeeded(Call.CREATE)
         assert await admits_at_once(governor)
 
+    async def test_whoever_gives_it(self, start: StartGovernor) -> None:
+        failing, well = start(60_000), start(60_000)
+        for _ in range(module.FAILURES_TO_OPEN - 1):
+            await failing.failed(Call.CREATE)  # and is killed
+        await well.admit(Call.CREATE)
+        await well.succeeded(Call.CREATE)
+        await well.failed(Call.CREATE)
+        assert await admits_at_once(well)
+
     async def test_one_probe_per_interval_finds_out(self, start: StartGovernor) -> None:
         first, second = start(60_000), start(60_000)
         await self._open(first)
@@ -159,7 +168,51 @@ class TestBreaker:
         assert await admits_at_once(first)
 
 
+class TestClockSetBack:
+    """Times that were written down by a server whose clock has been set back since."""
+
+    @pytest.mark.parametrize("word", ["arrival", "probe"])
+    async def test_nobody_waits_for_the_old_time(
+        self, start: StartGovernor, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, word: str
+    ) -> None:
+        monkeypatch.setattr(module, "PROBE_SECONDS", 0.5)
+        governor = start(60_000)
+        redis = Redis.from_url(valkey.url)
+        if word == "probe":
+            for _ in range(module.FAILURES_TO_OPEN):
+                await governor.failed(Call.CREATE)
+        await redis.set(module._key(Call.CREATE, word), str(time.time() + 600))
+        await redis.aclose()
+        assert await admitted_within([governor], 1.5) >= 1
+
+    async def test_a_pause_stays_one_within_bounds(
+        self, start: StartGovernor, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 1)
+        governor = start(60_000)
+        redis = Redis.from_url(valkey.url)
+        await redis.set(module._key(Call.CREATE, "paused"), str(time.time() + 100_000))
+        await redis.aclose()
+        assert not await admits_at_once(governor)
+        assert await admitted_within([governor], 1.5) >= 1
+
+
+async def test_the_slowest_rate_is_kept_to(start: StartGovernor, valkey: Valkey) -> None:
+    governor = start(1 / 100)
+    await governor.admit(Call.CREATE)
+    redis = Redis.from_url(valkey.url)
+    assert await redis.ttl(module._key(Call.CREATE, "arrival")) >= 6000
+    await redis.aclose()
+
+
 class TestWithoutRedis:
+    async def test_a_shorter_pause_does_not_end_a_longer_one(self, start: StartGovernor) -> None:
+        governor = start(60_000, url="redis://127.0.0.1:1")
+        await governor.throttled(Call.CREATE, 60)
+        await governor.throttled(Call.CREATE, 0.01)
+        await asyncio.sleep(0.05)
+        assert not await admits_at_once(governor)
+
     async def test_each_worker_keeps_to_its_share(self, start: StartGovernor) -> None:
         away = "redis://127.0.0.1:1"
         workers = [start(2400, workers=2, url=away) for _ in range(2)]

@@ -35,7 +35,7 @@ VERSION = "5" * 64
 INPUT = {"prompt": "a lighthouse", "seed": 7}
 REQUEST = PredictionRequest(MODEL, INPUT, cancel_after_seconds=60)
 HTML = "<html><body><h1>502 Bad Gateway</h1></body></html>"
-LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+A_DAY_SECONDS = 86400.0
 
 Fault = tuple[str, dict[str, Any]]
 
@@ -713,7 +713,7 @@ class TestGet:
 
 READS: dict[str, Callable[[ReplicateProvider], Awaitable[Any]]] = {
     "get": lambda provider: provider.get("p1"),
-    "list": lambda provider: provider.find(REQUEST, LONG_AGO),
+    "list": lambda provider: provider.find(REQUEST, A_DAY_SECONDS),
     "cancel": lambda provider: provider.cancel("p1"),
     "models": lambda provider: provider.input_schema(MODEL),
 }
@@ -794,7 +794,7 @@ class TestReads:
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         double.push_fault("list", "status", status=404, times=None)
-        error = await failure(provider.find(REQUEST, LONG_AGO))
+        error = await failure(provider.find(REQUEST, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
         assert not isinstance(error, PredictionNotFound)
 
@@ -935,43 +935,26 @@ class TestFind:
             {},
         ):
             await provider.create(PredictionRequest(MODEL, other, 60))
-        assert [seen.id for seen in await provider.find(wanted, LONG_AGO)] == [created.id]
+        assert [seen.id for seen in await provider.find(wanted, A_DAY_SECONDS)] == [created.id]
 
-    async def test_another_model_or_version_is_not_it(
-        self, provider: ReplicateProvider, double: ReplicateServer
+    @pytest.mark.parametrize("ahead_seconds", [600, -600, 0])
+    async def test_how_long_ago_is_told_by_the_providers_own_clock(
+        self,
+        provider: ReplicateProvider,
+        double: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        ahead_seconds: int,
     ) -> None:
-        versioned = f"{MODEL}:{VERSION}"
-        official, wanted, _, _ = [
-            await provider.create(PredictionRequest(model, INPUT, 60))
-            for model in (MODEL, versioned, f"{MODEL}:{'6' * 64}", "acme/sculptor")
-        ]
-        found = await provider.find(PredictionRequest(versioned, INPUT, 60), LONG_AGO)
-        assert [seen.id for seen in found] == [wanted.id]
-        # Without a version any version may have run.
-        found = await provider.find(PredictionRequest(MODEL, INPUT, 60), LONG_AGO)
-        assert found[0].id == official.id
-        assert all(seen.model_name == MODEL for seen in found)
-
-    async def test_only_what_was_made_since_then(
-        self, provider: ReplicateProvider, double: ReplicateServer
-    ) -> None:
-        first = await provider.create(REQUEST)
-        second = await provider.create(REQUEST)
-        assert first.created_at is not None
-        assert second.created_at is not None
-        for since, ids in (
-            (first.created_at, [first.id, second.id]),
-            (second.created_at, [second.id]),
-            (second.created_at + timedelta(microseconds=1), []),
-            # The zone is honoured.
-            (second.created_at.astimezone(tz=None), [second.id]),
-        ):
-            assert [seen.id for seen in await provider.find(REQUEST, since)] == ids
+        double.configure(clock_ahead_seconds=ahead_seconds)
+        created = await provider.create(REQUEST)
+        assert [seen.id for seen in await provider.find(REQUEST, 1)] == [created.id]
+        monkeypatch.setattr("app.providers.search.MARGIN_SECONDS", -60.0)
+        assert await provider.find(REQUEST, 30) == []
 
     async def test_none_is_an_empty_list(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
-        assert await provider.find(REQUEST, LONG_AGO) == []
+        assert await provider.find(REQUEST, A_DAY_SECONDS) == []
 
     async def test_it_looks_through_every_page_oldest_first(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -980,7 +963,7 @@ class TestFind:
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         await asyncio.gather(*(provider.create(other) for _ in range(210)))
         last = await provider.create(REQUEST)
-        found = await provider.find(REQUEST, LONG_AGO)
+        found = await provider.find(REQUEST, A_DAY_SECONDS)
         assert [seen.id for seen in found] == [first.id, last.id]
         assert double.ledger().requests["list"] == 3
 
@@ -990,7 +973,7 @@ class TestFind:
         monkeypatch.setattr(module, "PAGES_PER_SEARCH", 2)
         await created_ids(provider, 201)
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
-        error = await failure(provider.find(other, LONG_AGO))
+        error = await failure(provider.find(other, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
         assert double.ledger().requests["list"] == 2
 
@@ -1002,10 +985,10 @@ class TestFind:
         wanted = await provider.get(ids[0])
         double.push_fault("list", "status", status=500, times=2)
         request = PredictionRequest(MODEL, wanted.input, 60)
-        assert wanted.id in [seen.id for seen in await provider.find(request, LONG_AGO)]
+        assert wanted.id in [seen.id for seen in await provider.find(request, A_DAY_SECONDS)]
         assert double.ledger().requests["list"] == 4
         double.push_fault("list", "status", status=429, times=1)
-        error = await failure(provider.find(request, LONG_AGO))
+        error = await failure(provider.find(request, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.THROTTLED
 
     async def test_a_page_that_fails_proves_nothing(
@@ -1015,7 +998,7 @@ class TestFind:
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         double.push_fault("list", "delay", seconds=0)
         double.push_fault("list", "status", status=500)
-        error = await failure(provider.find(other, LONG_AGO))
+        error = await failure(provider.find(other, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
         assert double.ledger().requests["list"] == 2
 
@@ -1024,23 +1007,34 @@ class TestFind:
     ) -> None:
         """After an hour Replicate forgets inputs: no list proves then that there is no match."""
         await provider.create(PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60))
-        assert await provider.find(REQUEST, LONG_AGO) == []
+        assert await provider.find(REQUEST, A_DAY_SECONDS) == []
         double.configure(retention_seconds=0)
-        error = await failure(provider.find(REQUEST, LONG_AGO))
+        error = await failure(provider.find(REQUEST, A_DAY_SECONDS))
         # It will never come back: asking again is of no use.
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "input_deleted")
         elsewhere = PredictionRequest("acme/sculptor", INPUT, 60)
-        assert await provider.find(elsewhere, LONG_AGO) == []
+        assert await provider.find(elsewhere, A_DAY_SECONDS) == []
         elsewhere = PredictionRequest("acme/sculptor", INPUT, 60, has_own_seed=True)
-        assert (await failure(provider.find(elsewhere, LONG_AGO))).code == "input_deleted"
+        assert (await failure(provider.find(elsewhere, A_DAY_SECONDS))).code == "input_deleted"
 
-    async def test_by_a_seed_of_our_own_it_is_found_under_any_name(
+    async def test_it_is_shown_under_whatever_name(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         created = await provider.create(REQUEST)
-        for own, ids in ((True, [created.id]), (False, [])):
-            request = PredictionRequest("acme/sculptor", INPUT, 60, has_own_seed=own)
-            assert [seen.id for seen in await provider.find(request, LONG_AGO)] == ids
+        request = PredictionRequest("acme/sculptor", INPUT, 60)
+        assert [seen.id for seen in await provider.find(request, A_DAY_SECONDS)] == [created.id]
+
+    async def test_a_strange_entry_hides_no_other(
+        self, to_host: ReplicateProvider, host: Host
+    ) -> None:
+        good = {"id": "p1", "status": "starting", "model": MODEL, "input": INPUT}
+        strange = [{"id": None, "status": "starting"}, {}, 7, None, {**good, "id": "a\x00b"}]
+        host.reply = answer(json.dumps({"next": None, "results": [*strange, good]}).encode())
+        assert [seen.id for seen in await to_host.find(REQUEST, 60)] == ["p1"]
+        seen = await to_host.poll(["p1", "p2"])
+        assert seen["p1"] is not None
+        other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
+        assert (await failure(to_host.find(other, 60))).failure_class is FailureClass.TRANSIENT
 
     async def test_the_token_follows_no_address_out_of_a_body(
         self, to_host: ReplicateProvider, host: Host
@@ -1050,7 +1044,7 @@ class TestFind:
             return answer(json.dumps({"next": following, "results": []}).encode())
 
         host.reply = reply
-        assert await to_host.find(REQUEST, LONG_AGO) == []
+        assert await to_host.find(REQUEST, A_DAY_SECONDS) == []
         assert host.heads[1].startswith("GET /v1/predictions?cursor=c2 ")
 
     @pytest.mark.parametrize("following", ["https://x/v1/predictions", "http://x:y/?c=1", "x", 7])
@@ -1058,7 +1052,7 @@ class TestFind:
         self, to_host: ReplicateProvider, host: Host, following: Any
     ) -> None:
         host.reply = answer(json.dumps({"next": following, "results": []}).encode())
-        error = await failure(to_host.find(REQUEST, LONG_AGO))
+        error = await failure(to_host.find(REQUEST, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
 
 
@@ -1341,7 +1335,7 @@ class TestGovernor:
             governor.told.clear()
             await provider.get(created.id)
             await provider.cancel(created.id)
-            await provider.find(REQUEST, LONG_AGO)
+            await provider.find(REQUEST, A_DAY_SECONDS)
             await provider.input_schema(MODEL)
             with pytest.raises(PredictionNotFound):
                 await provider.get("nosuch")
@@ -1350,7 +1344,7 @@ class TestGovernor:
             double.push_fault("get", "drop")
             double.push_fault("list", "status", status=429, headers={"retry-after": "3"})
             await failure(provider.get(created.id))
-            await failure(provider.find(REQUEST, LONG_AGO))
+            await failure(provider.find(REQUEST, A_DAY_SECONDS))
         assert governor.told == [
             ("admit", Call.OTHER),
             ("failed", Call.OTHER),

@@ -1,0 +1,61 @@
+"""Reads Replicate's prediction objects, whatever they hold."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from app.providers.base import Prediction
+
+
+def read_prediction(body: Any) -> Prediction:
+    """Read a prediction object; only `id` and `status` must be there.
+
+    Recorded answers leave out fields that the schema requires, and know more states than it.
+    Values of other types than the schema's are left out: each would be refused by the database,
+    and so make a paid prediction one that can not be written down.
+    Raises: ValueError, KeyError, TypeError, AttributeError - not a prediction.
+    """
+    identity, status = body["id"], body["status"]
+    if not (isinstance(identity, str) and identity and isinstance(status, str)):
+        raise ValueError("not a prediction")
+    if identity != storable(identity):
+        raise ValueError("not a prediction's id")
+    metrics = body.get("metrics")
+    return Prediction(
+        id=identity,
+        status=storable(status),
+        model_name=str(body.get("model") or ""),
+        input=body.get("input") or {},
+        output=body.get("output"),
+        error=None if body.get("error") is None else storable(str(body["error"])),
+        version=storable(body["version"]) if isinstance(body.get("version"), str) else None,
+        created_at=_time(body.get("created_at")),
+        started_at=_time(body.get("started_at")),
+        completed_at=_time(body.get("completed_at")),
+        predict_time_seconds=_seconds(metrics.get("predict_time"))
+        if isinstance(metrics, dict)
+        else None,
+        data_removed=bool(body.get("data_removed")),
+    )
+
+
+def storable(text: str) -> str:
+    """Drop what PostgreSQL keeps in no text: NUL, and halves of a surrogate pair."""
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
+def _time(value: Any) -> datetime | None:
+    """Read a time, UTC unless it says otherwise; one that makes no sense costs no prediction."""
+    try:
+        at = datetime.fromisoformat(value)
+    except (ValueError, TypeError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _seconds(value: Any) -> float | None:
+    try:
+        seconds = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None

@@ -1,0 +1,61 @@
+"""Prediction objects with whatever in them."""
+
+from typing import Any
+
+import pytest
+
+from app.providers.answers import read_prediction
+from app.providers.base import Prediction, PredictionRequest, of_model
+
+BODY = {"id": "p1", "status": "succeeded"}
+HASH = "5" * 64
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(None, 7, "p1", [], {}, {"id": "p1"}, {"status": "succeeded"}),
+        *({**BODY, "id": None}, {**BODY, "id": ""}, {**BODY, "id": 5}, {**BODY, "status": None}),
+        *({**BODY, "id": "a\0b"}, {**BODY, "id": "\ud800"}),
+    ],
+)
+def test_what_is_no_prediction(body: Any) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+        read_prediction(body)
+
+
+@pytest.mark.parametrize("version", [5, None, [], {"id": "x"}, True])
+def test_a_version_that_is_no_text_is_none(version: Any) -> None:
+    assert read_prediction({**BODY, "version": version}).version is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "read"),
+    [(1.5, 1.5), (0, 0), (-1, None), (10**400, None), (float("inf"), None), ("2", None)],
+)
+def test_a_time_that_makes_no_sense_is_none(seconds: Any, read: float | None) -> None:
+    metrics = {"predict_time": seconds}
+    assert read_prediction({**BODY, "metrics": metrics}).predict_time_seconds == read
+
+
+@pytest.mark.parametrize("metrics", [None, 5, [1], {}])
+def test_metrics_that_are_none(metrics: Any) -> None:
+    assert read_prediction({**BODY, "metrics": metrics}).predict_time_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "version", "is_it"),
+    [
+        ("a/b", "a/b", HASH, True),
+        ("a/b", "a/c", None, False),
+        (f"a/b:{HASH}", "a/b", HASH, True),
+        (f"a/b:{HASH}", "a/b", "6" * 64, False),
+        # Replicate does not always say which version it was.
+        *((f"a/b:{HASH}", "a/b", version, True) for version in ("hidden", "d-123", "dp-1", None)),
+        (f"a/b:{HASH}", "a/c", "hidden", False),
+    ],
+)
+def test_of_which_model(asked: str, model: str, version: str | None, is_it: bool) -> None:
+    seen = Prediction("p1", "starting", model, {}, version=version)
+    assert of_model(seen, PredictionRequest(asked, {}, 60)) is is_it
+    assert of_model(seen, PredictionRequest(asked, {}, 60, has_own_seed=True))
