@@ -121,6 +121,30 @@ def test_f07_the_broker_is_away_for_long(start_stack: StartStack, scenario: Scen
     assert posts <= POST_SECONDS
 
 
+def test_f07_a_worker_is_started_while_the_broker_is_away(
+    start_stack: StartStack, scenario: Scenario
+) -> None:
+    """20 jobs wait, broker and worker killed: a new worker goes on with them, and with new ones."""
+    stack = start_stack(workers=1)
+    stack.replicate.configure(latency_seconds=8)
+    stack.post(20)
+    wait_for(lambda: len(stack.replicate.creates()) == 20, "the creates")
+    stack.valkey.kill()
+    stack.living_workers[0].kill()
+    killed_at = time.monotonic()
+    worker = stack.start_worker()
+    stack.post(10)
+    stack.wait_until_done(60)
+    stop_seconds = worker.terminate()
+    stack.valkey.start()
+    scenario.record(
+        resumed_and_done_seconds=time.monotonic() - killed_at,
+        stop_seconds=stop_seconds,
+        **vars(check(stack)),
+    )
+    assert stop_seconds <= 5
+
+
 @full_only
 def test_f35_messages_repeated_unknown_and_nonsense(
     start_stack: StartStack, scenario: Scenario
