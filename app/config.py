@@ -23,11 +23,15 @@ MOCK_TOKEN = "mock_token_for_demo"  # noqa: S105 - the documented value that sel
 
 def _postgres_url(value: str) -> str:
     try:
-        backend = make_url(value).get_backend_name()
+        url = make_url(value)
+        backend = url.get_backend_name()
     except (ArgumentError, ValueError):
         backend = ""
     if backend not in ("postgresql", "postgres"):
         raise ValueError("must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name")
+    if unknown := url.query.keys() - {"ssl", "sslmode"}:
+        # Each is some driver's own word, and the other driver's error at the first connect.
+        raise ValueError(f"must have no options but sslmode: not {', '.join(sorted(unknown))}")
     return value
 
 

@@ -86,6 +86,16 @@ class ServiceUnavailable(AppError):
     title = "Service Unavailable"
 
 
+class AnswerTooLate(ServiceUnavailable):
+    """Whatever the request waits for takes too long; what it was to do may be done or not."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The answer took too long. A POST may have had its effect all the same:"
+            " repeated with the same `Idempotency-Key` it has it once."
+        )
+
+
 class FailureClass(StrEnum):
     """What a failure means for the job; `app.jobs.retry` turns it into a decision."""
 

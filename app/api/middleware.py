@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app.api.problems import problem
+from app.errors import AnswerTooLate
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by load balancers: not worth a line each.
@@ -108,7 +109,7 @@ class JsonBodies:
 
 
 class AnswersInTime:
-    """Raises TimeoutError (503) when a request has no answer `ANSWER_SECONDS` after it came in.
+    """Raises AnswerTooLate (503) when a request has no answer `ANSWER_SECONDS` after it came in.
 
     Whatever it waits for: a silent database costs seconds to connect to, and more to close. The
     request is cancelled and ends by itself, unheard.
@@ -132,7 +133,7 @@ class AnswersInTime:
             raise
         if not in_time:
             self._leave(running, exchange)
-            raise TimeoutError
+            raise AnswerTooLate
         await running
 
     def _leave(self, running: "asyncio.Future[None]", exchange: "_Exchange") -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import AppError, InvalidInput, ServiceUnavailable, StorageError
+from app.errors import AnswerTooLate, AppError, InvalidInput, ServiceUnavailable, StorageError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
@@ -30,7 +30,10 @@ _DETAILS = {
     413: "The request body is larger than this service accepts.",
 }
 _UNREADABLE = "The request body is not JSON in UTF-8 that can be read."
-_DATABASE_AWAY = "The database is not available right now; the request may be repeated."
+_DATABASE_AWAY = (
+    "The database is not available right now. The request may be repeated; a POST that was given"
+    " an `Idempotency-Key` has its effect once."
+)
 _STORAGE_AWAY = "The file storage is not available right now."
 
 # PostgreSQL's classes: connection, resources, operator intervention (shutdown), system error;
@@ -120,6 +123,9 @@ def _unexpected(request: Request, error: Exception) -> Response:
     if is_database_away(error):
         log.warning("database_away", error=type(error).__name__)
         return problem(request, 503, _DATABASE_AWAY)
+    if isinstance(error, AnswerTooLate):
+        log.warning("answer_too_late", path=request.url.path)
+        return problem(request, error.status_code, error.detail)
     if isinstance(error, StorageError):
         log.error("storage_away", error=str(error))
         return problem(request, 503, _STORAGE_AWAY)
@@ -201,7 +207,7 @@ _DESCRIPTIONS = {
     416: "The range lies outside the file; `Content-Range` tells its size.",
     422: "The request is not valid; `errors` tells what is wrong where.",
     500: "Something went wrong in the service.",
-    503: "The database or the storage is away; come back after `Retry-After` seconds.",
+    503: "The database or the storage is away or slow; come back after `Retry-After` seconds.",
 }
 
 

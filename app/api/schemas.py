@@ -98,6 +98,8 @@ class GenerateRequest(BaseModel):
 class JobsQuery(BaseModel):
     """Which page of which jobs."""
 
+    model_config = ConfigDict(extra="forbid")
+
     status_filter: JobStatus | None = Field(None, description="Only jobs of this status.")
     limit: int = Field(20, ge=1, le=MAX_LIMIT, description="How many jobs a page has at most.")
     offset: Annotated[int, AfterValidator(_offset)] = Field(

@@ -37,6 +37,7 @@ RESUMES_AT_ONCE = 50
 # More would only queue before the provider's rate, and the poller's reads behind them.
 STOPS_AT_ONCE = 8
 LONGEST_PAUSE_SECONDS = 10.0
+LOGGED_JOBS = 20
 
 HOUSEKEEPING_SECONDS = 60.0
 # A look at every stored file: seldom.
@@ -205,7 +206,8 @@ class Recovery:
             return
         freed = await self._repository.release_dead(self._lease_seconds)
         if freed:
-            log.warning("jobs_taken_from_silent_worker", jobs=len(freed))
+            shown = [str(job_id) for job_id in freed[:LOGGED_JOBS]]
+            log.warning("jobs_taken_from_silent_worker", jobs=len(freed), job_ids=shown)
 
     async def ring_due(self) -> None:
         """Ring for jobs that are due and that nobody has picked up.
@@ -390,13 +392,15 @@ async def _every(
     while True:
         try:
             await duty()
+            if pause > seconds:
+                log.info("duty_recovered", duty=duty.__name__)
             pause = seconds
         except Exception as error:
             # The database or the broker is away, say: nothing here may end the worker.
             pause = min(2 * pause, max(seconds, longest_seconds))
-            log.warning(
-                "duty_failed", duty=duty.__name__, error=type(error).__name__, pause_seconds=pause
-            )
+            # With the module: broker and database both have an OperationalError.
+            name = f"{type(error).__module__}.{type(error).__name__}"
+            log.warning("duty_failed", duty=duty.__name__, error=name, pause_seconds=pause)
         with suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await nudged.wait()

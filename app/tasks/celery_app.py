@@ -41,6 +41,9 @@ celery_app.conf.update(
     # The message is only a doorbell: taken off the queue at once. What is lost with a worker is
     # rung again by the sweep; redelivery by the broker would be a second, slower mechanism.
     task_acks_late=False,
+    # Of tasks that are acknowledged late, so of none here; to say so keeps a warning of seven
+    # lines out of the log of every lost connection.
+    worker_cancel_long_running_tasks_on_connection_loss=True,
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
     task_publish_retry=False,

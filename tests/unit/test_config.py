@@ -58,6 +58,11 @@ WRONG = [
     ("DATABASE_URL", "postgresql://fleek:p@ss:s3cret@localhost/fleek_media", POSTGRES),
     ("DATABASE_URL", "postgresql://fleek@localhost:s3cret/fleek_media", POSTGRES),
     ("DATABASE_URL_SYNC", "sqlite:///s3cret", POSTGRES),
+    (
+        "DATABASE_URL",
+        "postgresql://db/media?sslmode=require&connect_timeout=s3cret",
+        "must have no options but sslmode: not connect_timeout",
+    ),
     ("DATABASE_POOL_SIZE", "0", "greater than or equal to 1"),
     ("DATABASE_POOL_SIZE", "201", "less than or equal to 200"),
     ("REDIS_URL", "http://:s3cret@localhost", REDIS),

@@ -144,6 +144,7 @@ class TestList:
         ("query", "path"),
         [
             ("limit=0", "query.limit"),
+            ("status=completed", "query.status"),
             ("limit=101", "query.limit"),
             ("limit=ten", "query.limit"),
             ("limit=1.5", "query.limit"),
