@@ -195,6 +195,11 @@ class Stack:
         """METADATA_PATH."""
         return self.folder / "storage" / "metadata"
 
+    @property
+    def lease_seconds(self) -> float:
+        """For how long a silent worker keeps its jobs."""
+        return float(self.environment("worker")["WORKER_LEASE_SECONDS"])
+
     def start_api(self, **settings: str) -> Process:
         """Start an API process (again on the same port if the last one ended); wait for it."""
         if not self._api_port or any(api.is_running for api in self.apis):

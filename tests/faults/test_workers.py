@@ -3,7 +3,7 @@
 import time
 from uuid import UUID
 
-from tests.faults.harness import Process, Stack, StartStack, percentile, wait_for
+from tests.faults.harness import PATIENT, Process, Stack, StartStack, percentile, wait_for
 from tests.faults.oracle import check, recovery_seconds
 from tests.faults.report import Scenario, full_only, sized
 
@@ -93,12 +93,14 @@ def _figures(kills: Kills, stack: Stack) -> dict[str, object]:
 
 @full_only
 def test_f29_workers_whose_clocks_are_wrong(start_stack: StartStack, scenario: Scenario) -> None:
-    """100 jobs, clocks +10 min, -10 min and jumping: no lease stolen or immortal.
+    """100 jobs, clocks +10 min, -10 min and jumping: no lease stolen or immortal, none paid twice.
 
-    Python's clocks are shifted in the worker: libfaketime is not on every machine.
+    Python's clocks are shifted in the worker: libfaketime is not on every machine. The provider's
+    is wrong as well, and of 20 creates the answer is lost.
     """
-    stack = start_stack(workers=0)
-    stack.replicate.configure(latency_seconds=2)
+    stack = start_stack(workers=0, **PATIENT)
+    stack.replicate.configure(latency_seconds=2, clock_ahead_seconds=-600)
+    stack.replicate.push_fault("create", "accept_then_drop", times=20)
     workers = [
         stack.start_worker(SABOTAGE_CLOCK=shift, SABOTAGE_CRASHES="")
         for shift in ("600", "-600", "jump")
@@ -111,7 +113,9 @@ def test_f29_workers_whose_clocks_are_wrong(start_stack: StartStack, scenario: S
     assert _taken_from_the_living(stack, lease_seconds=4) == []
     owners = {row[0] for row in stack.query("SELECT DISTINCT worker_id FROM faults.history")}
     assert dead < owners - {None}
-    scenario.record(**vars(check(stack)))
+    summary = check(stack)
+    assert (summary.lost_answers, summary.creates) == (20, 100)
+    scenario.record(**vars(summary))
 
 
 @full_only
