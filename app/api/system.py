@@ -43,6 +43,7 @@ MONITORING = {
 router = APIRouter(tags=["system"])
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", summary="What this is", responses=problem_responses())
 async def root() -> dict[str, Any]:
     """Return the service's name, version and where to go from here."""
@@ -54,6 +55,7 @@ async def root() -> dict[str, Any]:
     }
 
 
+@router.head("/health", include_in_schema=False)  # as load balancers ask
 @router.get("/health", summary="Is the process alive", responses=problem_responses())
 async def health() -> HealthView:
     """Return a constant answer for load balancers; nothing is asked."""

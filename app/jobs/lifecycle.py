@@ -85,6 +85,7 @@ class Outcome(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     RETRY = "retry"
+    CANCELLED = "cancelled"  # while it was ours
     SKIPPED = "skipped"  # not ours: somebody else has it, or it is over
 
 

@@ -25,12 +25,16 @@ class JobRequest(Request):
     """A message at work in this worker."""
 
     def send_event(self, type: str, **fields: Any) -> None:
-        """Say nothing of the end of a run that was not ours: the job goes on elsewhere, or is over.
+        """Say how the job ended, not how its task did.
 
-        Raising `Ignore` would say nothing either, but Celery copies the stack for it: 4 ms each,
-        so that a worker with a thousand jobs in line took more than 5 s to stop.
+        Nothing of a run that was not ours: the job goes on elsewhere, or is over. Raising `Ignore`
+        would say nothing either, but Celery copies the stack for it: 4 ms each, so that a worker
+        with a thousand jobs in line took more than 5 s to stop.
         """
-        if fields.get("result") != repr(Outcome.SKIPPED.value):
+        result = fields.get("result")
+        if result == repr(Outcome.CANCELLED.value):
+            super().send_event("task-revoked", terminated=True, signum=None, expired=False)
+        elif result != repr(Outcome.SKIPPED.value):
             super().send_event(type, **fields)
 
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.config import Settings
 from app.db import POOL_TIMEOUT_SECONDS, create_engine, create_sessions
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
+from app.jobs.models import JobStatus
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
@@ -240,9 +242,9 @@ class Runtime:
         self._runs.add(run)
         run.task = asyncio.create_task(self._run_alive(run))
         try:
-            return await run.task
+            result = await run.task
         except asyncio.CancelledError:
-            return RunResult(Outcome.SKIPPED)
+            result = RunResult(Outcome.SKIPPED)
         except Exception as error:
             # The job is still ours by its row; the lease check sees that no run stands behind it
             # and frees it.
@@ -253,9 +255,19 @@ class Runtime:
                 error=type(error).__name__,
                 exc_info=not is_expected,
             )
-            return RunResult(Outcome.SKIPPED)
+            result = RunResult(Outcome.SKIPPED)
         finally:
             self._runs.remove(run)
+        return await self._told_from_cancelled(run, result)
+
+    async def _told_from_cancelled(self, run: _Run, result: RunResult) -> RunResult:
+        """Tell a job that was cancelled from one that was lost to another worker."""
+        if result.outcome is Outcome.SKIPPED and run.lease and not self._is_stopping:
+            with suppress(SQLAlchemyError, OSError):
+                job = await self._repository.get(run.job_id)
+                if job and job.status is JobStatus.CANCELLED:
+                    return RunResult(Outcome.CANCELLED)
+        return result
 
     async def _run_alive(self, run: _Run) -> RunResult:
         """Claim nothing before the first heartbeat: others would take it from an unknown worker."""

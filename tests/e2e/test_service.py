@@ -207,17 +207,20 @@ FLUSH = "import redis, sys; redis.Redis.from_url(sys.argv[1]).flushall()"
 
 class TestCancel:
     def test_a_cancel_sticks_and_reaches_the_provider(
-        self, real: Service, replicate: ReplicateServer
+        self, real: Service, replicate: ReplicateServer, valkey: Valkey
     ) -> None:
         replicate.configure(latency_seconds=60)
         real.start_worker()
-        job_id = real.generate("a whale", width=64, height=64)
-        wait_for(lambda: len(replicate.creates()) == 1, "the create")
-        response = real.client.delete(f"/api/v1/jobs/{job_id}")
-        assert (response.status_code, response.json()["status"]) == (200, "cancelled")
-        wait_for(lambda: replicate.creates()[0].cancel_calls, "the provider's cancel", 15)
+        with _celery_events(valkey) as events:
+            job_id = real.generate("a whale", width=64, height=64)
+            wait_for(lambda: len(replicate.creates()) == 1, "the create")
+            response = real.client.delete(f"/api/v1/jobs/{job_id}")
+            assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+            wait_for(lambda: replicate.creates()[0].cancel_calls, "the provider's cancel", 15)
+            wait_for(lambda: events["task-revoked"], "its end in Flower", 15)
         assert real.client.delete(f"/api/v1/jobs/{job_id}").status_code == 409
         assert real.status(job_id)["status"] == "cancelled"
+        assert not events["task-succeeded"]
 
 
 class TestStart:

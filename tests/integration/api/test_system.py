@@ -45,6 +45,12 @@ async def test_root(client: httpx2.AsyncClient) -> None:
     assert body["links"]["docs"] == "/docs"
 
 
+@pytest.mark.parametrize("path", ["/", "/health"])
+async def test_head_as_load_balancers_ask(client: httpx2.AsyncClient, path: str) -> None:
+    response = await client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
 async def test_health_is_exact(client: httpx2.AsyncClient) -> None:
     response = await client.get("/health")
     assert response.json() == {
