@@ -1,6 +1,5 @@
 """The one Celery task: hand a job to the event loop and wait for how its run ends."""
 
-import gc
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +11,7 @@ from celery.worker.request import Request
 from app.jobs.lifecycle import Outcome, RunResult
 from app.tasks.celery_app import celery_app, settings
 from app.tasks.doorbell import TASK
+from app.tasks.memory import keep_small
 from app.tasks.runtime import Runtime
 
 runtime = Runtime(settings)
@@ -70,18 +70,7 @@ def _start(sender: Any, **_: Any) -> None:
     """Take part from the start: Celery calls itself ready only once the broker answers."""
     _refuse_other_pools(sender.pool_cls.__module__)
     runtime.start()
-    _leave_modules_alone()
-
-
-def _leave_modules_alone() -> None:
-    """Modules are not garbage: to look through them again and again takes a tenth of the time.
-
-    The second look tells the collector how little is left. By what it counted before it would wait
-    for a quarter of that in new garbage: a worker grew by 30 MB before its first full collection.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.collect()
+    keep_small()
 
 
 def _refuse_other_pools(pool: str) -> None:

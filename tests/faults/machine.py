@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from app.errors import FailureClass, LeaseLost, ProviderError
 from app.jobs.models import Attempt, Charged, JobPhase, JobStatus, Output
-from app.jobs.repository import Claim, JobRepository, NewJob, Settlement
+from app.jobs.repository import MAX_CRASHES, Claim, JobRepository, NewJob, Settlement
 from app.jobs.retry import Fail, RetryPolicy, decide
 from app.providers.base import PredictionRequest
 from tests.faults.machine_database import Database, check_change, check_rows
@@ -226,6 +226,8 @@ class JobsMachine(RuleBasedStateMachine):
             if job["status"] in ("pending", "processing")
             and (job["worker_id"], job["cancel_requested_at"]) == (None, None)
             and job["is_due"]
+            and not job["is_late"]
+            and job["crash_count"] < MAX_CRASHES
         ]
 
     def _claim(self, job_id: UUID, worker: int, deadline: int) -> None:
@@ -261,7 +263,8 @@ class JobsMachine(RuleBasedStateMachine):
         """Commit the intent; only then may the create be sent."""
         request = PredictionRequest(MODEL, self._input(run.job_id), 60)
         run.intended_at = self.now
-        attempt = self.write(run, self.repository.begin_attempt(run.claim.lease, "x", request))
+        begin = self.repository.begin_attempt(run.claim.lease, "x", request)
+        attempt = self.write(run, begin, paying=True)
         if attempt is not None:
             run.attempt, run.stage = attempt, "intent"
 
@@ -518,9 +521,9 @@ class JobsMachine(RuleBasedStateMachine):
         for created in self.ledger.creates[n % MOST_JOBS :][:1]:
             attempt = self.do(self.repository.attempt(created.attempt_id))
             assert attempt is not None
-            if attempt.state == "intent":
-                self.do(self.repository.adopt(attempt.id, created.seen()))
-                self.count("reported")
+            if attempt.prediction_id is None:
+                adopted = self.do(self.repository.adopt(attempt.id, created.seen()))
+                self.count("reported" if adopted else "reported beside another")
 
     def stop_orphans(self, *, patient: bool = True) -> None:
         """Predictions of jobs that have ended are stopped."""
@@ -629,6 +632,7 @@ class JobsMachine(RuleBasedStateMachine):
         writing: Coroutine[Any, Any, T],
         *,
         cancelling: bool = False,
+        paying: bool = False,
         settlement: Settlement | None = None,
         done: bool | None = None,
     ) -> Any:
@@ -641,6 +645,7 @@ class JobsMachine(RuleBasedStateMachine):
         is_last_claim = job["lease_token"] == str(run.claim.lease.token)
         allowed = is_last_claim and job["status"] == "processing"
         allowed = allowed and (cancelling or job["cancel_requested_at"] is None)
+        allowed = allowed and not (paying and job["is_late"])
         allowed = allowed and self._is_as_known(run, settlement)
         before = self.seen.of(run.job_id)
         result = None

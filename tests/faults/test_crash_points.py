@@ -242,10 +242,10 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(httpx, "create_ssl_context", lambda: tls)
     number_steps(monkeypatch)
     # Stopped workers' failures are many, and their tracebacks long.
-    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
-    structlog.configure(wrapper_class=quiet)
+    quiet, before = structlog.make_filtering_bound_logger(logging.CRITICAL), structlog.get_config()
+    structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
     yield
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 @pytest.fixture
