@@ -16,8 +16,9 @@ TASK = "generate"
 class BrokerDoorbell:
     """Publishes over one kept connection; a dead one is replaced once, then the caller is told.
 
-    Methods block for a few seconds at most and raise whatever the broker's client raises: call
-    them in a thread. A message that seemed to fail may still arrive; that is harmless.
+    Methods block for as long as the broker is silent, a few seconds at most, and raise whatever its
+    client raises: call them in a thread. A message that seemed to fail may still arrive; that is
+    harmless.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,9 @@ class BrokerDoorbell:
 
     def _connect(self) -> Connection:
         if self._connection is None:
-            self._connection = celery_app.connection_for_write()
+            # kombu would try again for four seconds, and a worker that stops would wait for that.
+            once = {"max_retries": 0}
+            self._connection = celery_app.connection_for_write(transport_options=once)
         return self._connection
 
     def _disconnect(self) -> None:
