@@ -122,6 +122,7 @@ def _start(stack: ExitStack, settings: Settings, flower_port: int) -> Running:
     postgres = stack.enter_context(Postgres(DATA / "postgres"))
     valkey = stack.enter_context(Valkey(DATA / "valkey"))
     environment = _environment(settings, postgres, valkey)
+    _note_urls(environment)
     _migrate(environment)
     console.print("Starting the API, a worker and Flower ...")
     urls = (f"http://{HOST}:{port}" for port in (settings.api_port, flower_port))
@@ -153,6 +154,14 @@ def _environment(settings: Settings, postgres: Postgres, valkey: Valkey) -> dict
     if "storage_base_url" not in chosen:
         environment["STORAGE_BASE_URL"] = f"http://localhost:{settings.api_port}/media"
     return environment
+
+
+def _note_urls(environment: dict[str, str]) -> None:
+    """Write down where the servers are, for scripts that run beside it; with passwords."""
+    path = DATA / "env"
+    path.touch(mode=0o600)
+    names = ("DATABASE_URL", "DATABASE_URL_SYNC", "REDIS_URL")
+    path.write_text("".join(f"export {name}='{environment[name]}'\n" for name in names))
 
 
 def _migrate(environment: dict[str, str]) -> None:

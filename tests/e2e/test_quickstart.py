@@ -99,9 +99,11 @@ class TestQuickstart:
             with socket.socket() as visitor:
                 assert visitor.connect_ex(("127.0.0.1", port)) != 0
 
-    def test_it_serves_until_ctrl_c(self, start: Callable[..., Quickstart]) -> None:
+    def test_it_serves_until_ctrl_c(self, start: Callable[..., Quickstart], project: Path) -> None:
         quickstart = start()
         quickstart.wait_until_serving()
+        audit = f'. .quickstart/env && "{sys.executable}" scripts/audit_storage.py'
+        assert subprocess.run(["sh", "-c", audit], cwd=project, capture_output=True, check=True)
         with quickstart.api as api:
             assert api.get("/docs").is_success
             assert api.get("/api/v1/jobs").json()[0]["prompt"] == "a lighthouse at dawn"
