@@ -29,9 +29,10 @@ def _postgres_url(value: str) -> str:
         backend = ""
     if backend not in ("postgresql", "postgres"):
         raise ValueError("must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name")
-    if unknown := url.query.keys() - {"ssl", "sslmode"}:
+    if unknown := url.query.keys() - {"ssl", "sslmode", "host", "port"}:
         # Each is some driver's own word, and the other driver's error at the first connect.
-        raise ValueError(f"must have no options but sslmode: not {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"must have no options but sslmode, host and port: not {names}")
     return value
 
 

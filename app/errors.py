@@ -1,12 +1,14 @@
 """Every error the service raises on purpose.
 
 AppError                       safe to show: `detail` is written for the client
+  Unauthorized            401
   InvalidInput            422
   JobNotFound             404
-  JobNotReady             409  no file or document yet
+  JobNotReady             409  no file yet
   JobAlreadyFinished      409  a terminal job cannot be cancelled
   FileDeleted             410  the file was kept for its time, and then deleted
-  ServiceUnavailable      503  the database is away; nothing was changed
+  ServiceUnavailable      503  something that the request needs is away
+    AnswerTooLate         503  what it was to do may be done or not
 ProviderError                  what a prediction service did, classified once at the adapter's edge
 StorageError                   the disk or the object store failed; always worth another try
 LeaseLost                      the job is no longer this worker's: stop and write nothing

@@ -30,6 +30,7 @@ from app.errors import (
     ProviderError,
     StorageError,
 )
+from app.jobs import clock
 from app.jobs.charge import charged
 from app.jobs.models import Attempt, Job, JobPhase
 from app.jobs.outputs import DECODERS, OutputKeeper
@@ -230,7 +231,7 @@ class Lifecycle:
     async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
         request = await self._request(claim.job)
         await self._provider.admit()
-        intended_at = time.monotonic()
+        intended_at = clock.now()
         attempt = await self._beginnings.begin_attempt(claim.lease, self._provider.name, request)
         claim.attempt, claim.job.phase = attempt, JobPhase.SUBMITTING
         creating = self._create(claim.lease, attempt, request, intended_at)
@@ -253,8 +254,8 @@ class Lifecycle:
 
         async def may_send() -> bool:
             nonlocal intended_at
-            while time.monotonic() - intended_at > SUBMIT_WINDOW_SECONDS:
-                intended_at = time.monotonic()
+            while clock.now() - intended_at > SUBMIT_WINDOW_SECONDS:
+                intended_at = clock.now()
                 if not await self._repository.may_still_submit(lease, attempt.id):
                     return False
             return True

@@ -12,6 +12,7 @@ from typing import Literal
 import structlog
 
 from app.errors import FailureClass, ProviderError
+from app.jobs import clock
 from app.jobs.models import Attempt, Charged, JobPhase
 from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Settlement
 from app.providers.base import (
@@ -22,7 +23,7 @@ from app.providers.base import (
     of_model,
 )
 
-# Failures further apart than this (or than the deadline) are not taken for one long silence.
+# Failures with more than this between them are not taken for one long silence.
 LONGEST_GAP_SECONDS = 60.0
 
 log = structlog.get_logger(__name__)
@@ -60,11 +61,11 @@ class _Age:
     """The age of the intent, from the database's clock and then our own."""
 
     at_claim_seconds: float
-    _claimed_at: float = field(default_factory=time.monotonic)
+    _claimed_at: float = field(default_factory=clock.now)
 
     @property
     def seconds(self) -> float:
-        return self.at_claim_seconds + time.monotonic() - self._claimed_at
+        return self.at_claim_seconds + clock.now() - self._claimed_at
 
 
 @dataclass(slots=True)
@@ -74,17 +75,16 @@ class _Silence:
     Not how old the intent is: after an outage of ours one failed look would decide of money.
     """
 
-    longest_gap_seconds: float
     _since: float | None = None
     _last: float = 0.0
 
     def heard(self) -> None:
         self._since = None
 
-    def failed(self) -> float:
+    def failed(self, asked_at: float) -> float:
         """Return the seconds since the first of the failures that came one after the other."""
         now = time.monotonic()
-        if self._since is None or now - self._last > self.longest_gap_seconds:
+        if self._since is None or asked_at - self._last > LONGEST_GAP_SECONDS:
             self._since = now
         self._last = now
         return now - self._since
@@ -99,7 +99,7 @@ class Reconciler:
         self._repository = repository
         self._provider = provider
         self._policy = policy
-        self._silence = _Silence(max(policy.deadline_seconds, LONGEST_GAP_SECONDS))
+        self._silence = _Silence()
 
     async def resolve(self, claim: Claim, attempt: Attempt) -> Prediction:
         """Return the attempt's prediction.
@@ -112,7 +112,7 @@ class Reconciler:
             prediction = await self._outwait(claim, attempt, age)
         else:
             # The call is over, and the pause before this run was the grace.
-            prediction = await self._look(claim, attempt, age)
+            prediction = await self._look(claim, attempt, age, is_last=True)
         if prediction is not None:
             return prediction
         log.info("create_proven_absent")
@@ -141,9 +141,11 @@ class Reconciler:
                 return prediction
             await asyncio.sleep(min(pause, left))
             pause *= 2
-        return await self._look(claim, attempt, age)
+        return await self._look(claim, attempt, age, is_last=True)
 
-    async def _look(self, claim: Claim, attempt: Attempt, age: _Age) -> Prediction | None:
+    async def _look(
+        self, claim: Claim, attempt: Attempt, age: _Age, *, is_last: bool = False
+    ) -> Prediction | None:
         known = await self._repository.attempt(attempt.id)
         if known is not None and known.prediction_id is not None:  # by the provider's report
             return Prediction(known.prediction_id, "starting", known.model_name, known.input)
@@ -160,18 +162,20 @@ class Reconciler:
             if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
                 log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
                 return prediction
-        await self._doubt_strangers(attempt, found, request)
+        if is_last:
+            await self._doubt_strangers(attempt, found, request, age)
         return None
 
     async def _find(
         self, attempt: Attempt, request: PredictionRequest, age: _Age
     ) -> list[Prediction]:
+        asked_at = time.monotonic()
         try:
             found = await self._provider.find(request, age.seconds)
         except ProviderError as error:
             silent_seconds = 0.0
             if error.failure_class is not FailureClass.THROTTLED:  # an answer, of a kind
-                silent_seconds = self._silence.failed()
+                silent_seconds = self._silence.failed(asked_at)
             lasting = min(age.seconds, silent_seconds) >= self._policy.deadline_seconds
             if lasting or error.failure_class is FailureClass.PERMANENT:
                 raise self._unprovable(attempt, error) from error
@@ -180,21 +184,24 @@ class Reconciler:
         return found
 
     async def _doubt_strangers(
-        self, attempt: Attempt, found: list[Prediction], request: PredictionRequest
+        self, attempt: Attempt, found: list[Prediction], request: PredictionRequest, age: _Age
     ) -> None:
-        """Raise if one with this very input, that is no job's, is said to be of another model."""
-        for stranger in found:
-            if of_model(stranger, request):
-                continue
-            if not await self._repository.is_known(self._provider.name, stranger.id):
-                raise self._unprovable(
-                    attempt,
-                    ProviderError(
-                        FailureClass.PERMANENT,
-                        "provider_outcome_unknown",
-                        "A prediction of this input is listed under another model's name.",
-                    ),
-                )
+        """Raise if one with this very input, that is no job's, is said to be of another model.
+
+        It may be another job's whose create is still under way: then to look again.
+        """
+        strangers = [seen for seen in found if not of_model(seen, request)]
+        if not await self._repository.any_unknown(self._provider.name, strangers):
+            return
+        doubt = ProviderError(
+            FailureClass.TRANSIENT,
+            "provider_outcome_pending",
+            "A prediction of this input is listed under another model's name.",
+        )
+        has_twin = await self._repository.has_twin(attempt, of_any_model=True)
+        if has_twin and age.seconds < self._policy.deadline_seconds:
+            raise doubt
+        raise self._unprovable(attempt, doubt)
 
     def _unprovable(self, attempt: Attempt, error: ProviderError) -> AttemptEnded:
         log.error("provider_outcome_unknown", attempt_id=str(attempt.id))

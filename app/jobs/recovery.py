@@ -36,6 +36,8 @@ UNHEARD_SECONDS = 3.0
 RESUMES_AT_ONCE = 50
 # More would only queue before the provider's rate, and the poller's reads behind them.
 STOPS_AT_ONCE = 8
+# So many wait for that; the others are left to the next round, or to other workers.
+ORPHANS_IN_HAND = 64
 LONGEST_PAUSE_SECONDS = 10.0
 LOGGED_JOBS = 20
 
@@ -272,7 +274,10 @@ class Recovery:
 
         Not waited for: one call that hangs must not hold up a cancel that comes after it.
         """
-        for orphan in await self._repository.take_orphans(BATCH, known=True):
+        room = ORPHANS_IN_HAND - len(self._orphans)
+        if room <= 0:
+            return
+        for orphan in await self._repository.take_orphans(room, known=True):
             if orphan.attempt.id not in self._orphans:  # else it is still at it
                 self._orphans.add(orphan.attempt.id)
                 tasks.create_task(self._stop_orphan(orphan))
@@ -345,14 +350,26 @@ class Recovery:
         request = PredictionRequest(
             attempt.model_name, attempt.input, 0, has_own_seed=orphan.has_own_seed
         )
-        found = await self._provider.find(request, orphan.age_seconds)
-        found = [prediction for prediction in found if of_model(prediction, request)]
+        seen = await self._provider.find(request, orphan.age_seconds)
+        found = [prediction for prediction in seen if of_model(prediction, request)]
         if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
             return None  # it may be the other's, and that one is wanted
         for prediction in found:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
+        if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
+            strangers = [prediction for prediction in seen if prediction not in found]
+            await self._doubt(strangers)
         return None
+
+    async def _doubt(self, strangers: Sequence[Prediction]) -> None:
+        """Raise if one with this input, of another model by its name, belongs to no attempt."""
+        if await self._repository.any_unknown(self._provider.name, strangers):
+            raise ProviderError(
+                FailureClass.PERMANENT,
+                "provider_outcome_unknown",
+                "A prediction of this input is listed under another model's name.",
+            )
 
 
 def _settled(attempt_id: UUID, prediction_id: str, prediction: Prediction | None) -> Settlement:
@@ -388,14 +405,15 @@ async def _every(
 ) -> None:
     """Repeat a duty for ever; while it fails, with growing pauses. A `nudge` ends a pause."""
     nudged = nudge or asyncio.Event()
-    pause = seconds
+    pause, fails = seconds, False
     while True:
         try:
             await duty()
-            if pause > seconds:
+            if fails:
                 log.info("duty_recovered", duty=duty.__name__)
-            pause = seconds
+            pause, fails = seconds, False
         except Exception as error:
+            fails = True
             # The database or the broker is away, say: nothing here may end the worker.
             pause = min(2 * pause, max(seconds, longest_seconds))
             # With the module: broker and database both have an OperationalError.

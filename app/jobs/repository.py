@@ -281,6 +281,13 @@ class JobRepository:
         async with self._statements() as session:
             return await session.scalar(query) is not None
 
+    async def any_unknown(self, provider: str, predictions: Sequence[Prediction]) -> bool:
+        """Tell whether one of the predictions belongs to no attempt."""
+        for prediction in predictions:
+            if not await self.is_known(provider, prediction.id):
+                return True
+        return False
+
     async def output_named(self, name: str) -> tuple[Output, datetime | None] | None:
         """Return the output stored under this file name, and when it was deleted; or None."""
         query = _with_deletion().where(outputs.name == name)
@@ -746,14 +753,15 @@ class JobRepository:
                 for attempt, age_seconds, seed in await session.execute(statement)
             ]
 
-    async def has_twin(self, attempt: Attempt) -> bool:
+    async def has_twin(self, attempt: Attempt, *, of_any_model: bool = False) -> bool:
         """Tell whether another create with exactly this input may be under way."""
         query = select(attempts.id).where(
             attempts.state == AttemptState.INTENT,
             attempts.id != attempt.id,
-            attempts.model_name == attempt.model_name,
             attempts.input == attempt.input,
         )
+        if not of_any_model:
+            query = query.where(attempts.model_name == attempt.model_name)
         async with self._statements() as session:
             return await session.scalar(query.limit(1)) is not None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from app.errors import LeaseLost
+from app.errors import LeaseLost, ProviderError
 from app.jobs.reconcile import AttemptEnded
 
 # With so many predictions that have ended and are not stored yet, no job is begun: what is paid for
@@ -30,17 +30,17 @@ class Shelf:
 
     @contextmanager
     def holding(self, job_id: UUID) -> Iterator[None]:
-        """Count a job until it is stored, or is over or another's.
+        """Count a job while it is being stored, and for a while if our storage has failed it.
 
-        One that could not be stored counts on: were it forgotten while it waits for its next try,
-        a disk that is full would let a whole backlog be bought.
+        Were it forgotten while it waits for its next try, a disk that is full would let a whole
+        backlog be bought. A host that does not give its file is not: it would stop everybody.
         """
         self._change(job_id, 1)
         seconds = REMEMBERED_SECONDS
         try:
             yield
             seconds = 0
-        except (LeaseLost, AttemptEnded, asyncio.CancelledError):
+        except (ProviderError, LeaseLost, AttemptEnded, asyncio.CancelledError):
             seconds = 0
             raise
         finally:

@@ -14,7 +14,10 @@ MODERATION = re.compile(r"nsfw|flagged|sensitive|content policy|\bE005\b", re.IG
 OUT_OF_MEMORY = re.compile(r"\bE1001\b|out of memory", re.IGNORECASE)
 
 # The whole of a text, not its beginning: people and models write of addresses.
-ADDRESS = re.compile(r"https?://[^\s/?#]+\S*|mock:\S+|data:[^\s,]*,.*", re.DOTALL)
+# No two parts of it match the same characters: of a long text each is looked at once.
+ADDRESS = re.compile(
+    r"https?://[^\s/?#]+(?:[/?#]\S*)?|mock:\S+|data:(?:[^\s,]*|[^,]*;base64),.*", re.DOTALL
+)
 
 MESSAGE_CHARS = 500
 
@@ -71,7 +74,8 @@ def output_values(output: Any) -> list[Any]:
     is_text = isinstance(output, list) and all(isinstance(item, str | None) for item in output)
     if is_text and leaves:
         # A language model gives its text in pieces, and an address may be one of them.
-        return leaves if 2 * addresses >= len(leaves) else ["".join(leaves)]
+        are_files = is_address(leaves[0]) or 2 * addresses >= len(leaves)
+        return leaves if are_files else ["".join(leaves)]
     return leaves if addresses or not leaves else [output]
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -73,6 +73,9 @@ GONE = (404, 410)
 NOT_CANCELABLE = (400, 404, 409, 410, 422)
 
 FILE_CHUNK_BYTES = 1 << 16
+
+# A clock that differs by more from the provider's is plainly wrong.
+CLOCK_DIFFERENCE = timedelta(hours=1)
 
 
 class ReplicateProvider:
@@ -293,9 +296,14 @@ class ReplicateProvider:
             else:
                 return read_prediction(await response.json())
         try:
-            return await self.get(prediction_id)
+            prediction = await self.get(prediction_id)
         except PredictionNotFound:
             return None
+        if not prediction.is_terminal:
+            raise ProviderError(
+                FailureClass.TRANSIENT, "provider_error", "The provider did not take the cancel."
+            )
+        return prediction
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`."""
@@ -505,12 +513,18 @@ def _read_page(entries: Any, response: httpx.Response) -> Page:
 
 
 def _date(response: httpx.Response) -> datetime:
-    """Return when the provider answered by its own clock; by ours if it does not say."""
+    """Return when the provider answered by its own clock; by ours if it does not say.
+
+    Ours also if it is a little behind: to look too far back costs a page, not far enough a second
+    create.
+    """
+    ours = datetime.now(UTC)
     try:
         at = parsedate_to_datetime(response.headers["date"])
     except (KeyError, ValueError, TypeError, OverflowError):
-        at = datetime.now(UTC)
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
+        return ours
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return min(at, ours) if abs(at - ours) < CLOCK_DIFFERENCE else at
 
 
 def _reports_to(webhook: str) -> dict[str, Any]:

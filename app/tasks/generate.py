@@ -3,6 +3,7 @@
 from typing import Any
 from uuid import UUID
 
+import structlog
 from celery import Task
 from celery.exceptions import Retry
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
@@ -15,6 +16,8 @@ from app.tasks.memory import keep_small
 from app.tasks.runtime import Runtime
 
 runtime = Runtime(settings)
+
+log = structlog.get_logger(__name__)
 
 
 class JobFailed(Exception):
@@ -69,7 +72,12 @@ def _run(job_id: object) -> RunResult:
 def _start(sender: Any, **_: Any) -> None:
     """Take part from the start: Celery calls itself ready only once the broker answers."""
     _refuse_other_pools(sender.pool_cls.__module__)
-    runtime.start()
+    try:
+        runtime.start()
+    except Exception as error:
+        # Celery would log it and go on, as a worker that takes messages and does nothing.
+        log.critical("worker_not_started", exc_info=error)
+        raise SystemExit(1) from error
     keep_small()
 
 

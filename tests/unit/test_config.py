@@ -61,7 +61,7 @@ WRONG = [
     (
         "DATABASE_URL",
         "postgresql://db/media?sslmode=require&connect_timeout=s3cret",
-        "must have no options but sslmode: not connect_timeout",
+        "must have no options but sslmode, host and port: not connect_timeout",
     ),
     ("DATABASE_POOL_SIZE", "0", "greater than or equal to 1"),
     ("DATABASE_POOL_SIZE", "201", "less than or equal to 200"),

@@ -471,6 +471,37 @@ class TestOrphans:
         [settled] = await worker.repository.attempts(claim.job.id)
         assert (settled.outcome, settled.charged) == (outcome, charged)
 
+    async def test_one_that_may_be_it_is_not_called_absent(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        claim = await worker.claim(seed=1)
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        await worker.provider.create(PredictionRequest("acme/other", REQUEST.input, 60))
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_lost_orphans()
+        [settled] = await worker.repository.attempts(claim.job.id)
+        assert (settled.outcome, settled.charged) == ("unknown", Charged.UNKNOWN)
+
+    async def test_a_cancel_that_is_refused_while_it_runs_is_tried_again(
+        self, worker: Worker, replicate: ReplicateServer
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        replicate.push_fault("cancel", "status", status=404)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        await worker.repository.cancel(claim.job.id)
+        for state in ("submitted", "settled"):
+            async with asyncio.TaskGroup() as tasks:
+                await worker.recovery.stop_orphans(tasks)
+            [row] = await worker.repository.attempts(claim.job.id)
+            assert row.state == state
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
+
     async def test_the_prediction_of_an_equal_create_is_left_alone(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,5 +1,6 @@
 """What an ended prediction means: what is worth another paid attempt, and what is an output."""
 
+import time
 from typing import Any
 
 import pytest
@@ -98,6 +99,14 @@ def test_terminal_states_are(status: str) -> None:
     assert ended(status).is_terminal
 
 
+def test_a_long_text_costs_no_more_than_its_length() -> None:
+    began = time.process_time()
+    host = "https://" + "a" * 1_000_000
+    for text in (f"{host} x", "data:" + ";base64" * 200_000, "https:" * 200_000):
+        assert output_values(["a", text, "b"]) == [f"a{text}b"]
+    assert time.process_time() - began < 5  # seconds; what is quadratic takes hours
+
+
 @pytest.mark.parametrize(
     ("output", "values"),
     [
@@ -109,6 +118,7 @@ def test_terminal_states_are(status: str) -> None:
         (["a", "b"], ["ab"]),
         ([URL, URL, "a"], [URL, URL, "a"]),
         ([URL, "a"], [URL, "a"]),
+        ([URL, "a cat", "a hat"], [URL, "a cat", "a hat"]),
         # A language model may speak of addresses.
         (["see ", URL, " first"], [f"see {URL} first"]),
         (["see ", "https: is a scheme"], ["see https: is a scheme"]),
