@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
@@ -57,7 +57,7 @@ BEGUN_AT_ONCE = 64
 # unmistakable: a model that takes only smaller ones draws its own.
 SEED_LIMITS = (2**31, 2**16)
 CREATE_GRACE_SECONDS = 2.0
-# For a database that is away just when the id must be kept.
+# For a database that is away just when something must be written down.
 RECORD_SECONDS = 30.0
 RECORD_PAUSE_SECONDS = 1.0
 
@@ -76,6 +76,8 @@ class RunWatch(Protocol):
 
 # Whether a model has a parameter, and takes a value for it: `ParameterChecker.knows`.
 KnowsParameter = Callable[..., Awaitable[bool]]
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -269,20 +271,13 @@ class Lifecycle:
 
     async def _record(self, lease: Lease, attempt: Attempt, prediction: Prediction) -> None:
         """Commit the id, insistently: nobody but this process knows it yet."""
-        give_up_at = time.monotonic() + RECORD_SECONDS
-        while True:
-            try:
-                if await self._repository.record_prediction(lease, attempt.id, prediction):
-                    return
-                break
-            except LeaseLost:
-                await self._leave(attempt, prediction)
-                raise
-            except (SQLAlchemyError, OSError) as error:
-                if time.monotonic() > give_up_at:
-                    raise
-                log.warning("prediction_not_recorded", error=type(error).__name__)
-                await asyncio.sleep(RECORD_PAUSE_SECONDS)
+        record = partial(self._repository.record_prediction, lease, attempt.id, prediction)
+        try:
+            if await _insistently(record):
+                return
+        except LeaseLost:
+            await self._leave(attempt, prediction)
+            raise
         await self._leave(attempt, prediction)
         # Another attempt with the same input adopted it, so that one's own may be ours.
         raise ProviderError(
@@ -349,18 +344,8 @@ class Lifecycle:
             try:
                 yield
             finally:
-                await self._end_decoding(claim.lease)
-
-    async def _end_decoding(self, lease: Lease) -> None:
-        """Take the crash back, insistently: three that never were would fail the job."""
-        give_up_at = time.monotonic() + RECORD_SECONDS
-        while True:
-            try:
-                return await self._repository.end_decoding(lease)
-            except (SQLAlchemyError, OSError):
-                if time.monotonic() > give_up_at:
-                    raise
-                await asyncio.sleep(RECORD_PAUSE_SECONDS)
+                # Three crashes that never were would fail the job.
+                await _insistently(partial(self._repository.end_decoding, claim.lease))
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None
@@ -404,6 +389,19 @@ class Lifecycle:
         )
         log.info("job_retries", code=error.code, delay_seconds=round(decision.delay_seconds, 2))
         return RunResult(Outcome.RETRY, error.code, decision.delay_seconds)
+
+
+async def _insistently(write: Callable[[], Awaitable[T]]) -> T:
+    """Make a write that must not be lost, again and again while the database is away."""
+    give_up_at = time.monotonic() + RECORD_SECONDS
+    while True:
+        try:
+            return await write()
+        except (SQLAlchemyError, OSError) as error:
+            if time.monotonic() > give_up_at:
+                raise
+            log.warning("write_repeated", error=type(error).__name__)
+            await asyncio.sleep(RECORD_PAUSE_SECONDS)
 
 
 async def _draw_seed(knows: KnowsParameter) -> int | None:

@@ -358,7 +358,7 @@ class Recovery:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
-            strangers = [prediction for prediction in seen if prediction not in found]
+            strangers = [other for other in seen if not of_model(other, request)]
             await self._doubt(strangers)
         return None
 

@@ -10,6 +10,7 @@ from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 from celery.worker.request import Request
 
 from app.jobs.lifecycle import Outcome, RunResult
+from app.logging import configure_logging
 from app.tasks.celery_app import celery_app, settings
 from app.tasks.doorbell import TASK
 from app.tasks.memory import keep_small
@@ -72,6 +73,7 @@ def _run(job_id: object) -> RunResult:
 def _start(sender: Any, **_: Any) -> None:
     """Take part from the start: Celery calls itself ready only once the broker answers."""
     _refuse_other_pools(sender.pool_cls.__module__)
+    configure_logging(settings.log_level)  # Celery asks for it only later
     try:
         runtime.start()
     except Exception as error:

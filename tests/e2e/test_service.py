@@ -248,6 +248,19 @@ class TestStart:
         assert "MAX_RETRY_ATTEMPTS: Input should be a valid integer" in ended.stderr
         assert "Traceback" not in ended.stderr
 
+    def test_a_worker_that_can_not_store_anything_ends(self) -> None:
+        ended = subprocess.run(
+            [BIN / "celery", "-A", "app.tasks.celery_app", "worker"],
+            cwd=ROOT,
+            env={**os.environ, "STORAGE_PATH": "/dev/null/media"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode != 0
+        assert "worker_not_started" in ended.stderr
+
     def test_another_pool_is_refused(self, start_service: StartService) -> None:
         service = start_service()
         worker = service.run("celery", "-A", "app.tasks.celery_app", "worker", "--pool=solo")

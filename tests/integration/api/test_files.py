@@ -1,5 +1,6 @@
 """GET /api/v1/download/{job_id} and GET /media/{name}."""
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import MutableMapping
@@ -242,6 +243,26 @@ async def test_a_storage_that_fails_is_503(
     response = await client.get(f"/media/{job.id}.png")
     assert str(tmp_path) not in problem_of(response, 503)["detail"]
     assert response.headers["retry-after"] == "5"
+
+
+async def test_a_storage_that_is_slow_is_not_called_a_database_that_is_away(
+    client: httpx2.AsyncClient,
+    jobs: Jobs,
+    services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def hang(*_: object) -> bytes:
+        await asyncio.sleep(60)
+        return b""
+
+    monkeypatch.setattr("app.api.middleware.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(services.thumbnails, "get", hang)
+    job = await jobs.completed(DATA)
+    detail = problem_of(await client.get(f"/media/{job.id}.png?size=256"), 503)["detail"]
+    assert "took too long" in detail
+    assert "database_away" not in caplog.text
+    assert "answer_too_late" in caplog.text
 
 
 class TestDeleted:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import pytest
@@ -19,7 +20,7 @@ from app.jobs.models import Charged, JobStatus
 from app.jobs.recovery import Recovery
 from app.jobs.repository import Claim, JobRepository, Lease, NewJob
 from app.jobs.retention import RetentionPolicy
-from app.providers.base import PredictionRequest
+from app.providers.base import Prediction, PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
 from tests.doubles.replicate_server import ReplicateServer
@@ -87,6 +88,18 @@ class Worker:
         claim = await self.repository.claim(job.id, self.id, 60)
         assert claim is not None
         return claim
+
+    async def submit(self) -> tuple[Claim, Prediction]:
+        """Claim a new job and create its prediction."""
+        claim = await self.claim()
+        attempt = await self.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await self.provider.create(REQUEST)
+        await self.repository.record_prediction(claim.lease, attempt.id, prediction)
+        return claim, prediction
+
+    async def stop_orphans(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            await self.recovery.stop_orphans(tasks)
 
     async def status(self, claim: Claim) -> JobStatus:
         job = await self.repository.get(claim.job.id)
@@ -338,6 +351,18 @@ class TestOutage:
         assert claim.lease.job_id not in await worker.repository.leases_of(worker.id)
 
 
+async def test_a_worker_is_known_from_its_first_heartbeat(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(worker.repository, "heartbeat", Mock(side_effect=ConnectionRefusedError))
+        with pytest.raises(ConnectionRefusedError):
+            await worker.recovery.heartbeat()
+    assert not worker.recovery.is_known.is_set()
+    await worker.recovery.heartbeat()
+    assert worker.recovery.is_known.is_set()
+
+
 class TestOrphans:
     @pytest.fixture(autouse=True)
     def _left_to_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,13 +372,9 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer
     ) -> None:
         replicate.configure(latency_seconds=30)
-        claim = await worker.claim()
-        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        claim, prediction = await worker.submit()
         await worker.repository.cancel(claim.job.id)
-        async with asyncio.TaskGroup() as tasks:
-            await worker.recovery.stop_orphans(tasks)
+        await worker.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10) == []
 
@@ -362,10 +383,7 @@ class TestOrphans:
     ) -> None:
         monkeypatch.setattr(worker.recovery, "_sweep_seconds", 60)
         replicate.configure(latency_seconds=30)
-        claim = await worker.claim()
-        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        claim, prediction = await worker.submit()
         duties = asyncio.create_task(worker.recovery.run())
         await asyncio.sleep(0.2)  # the first round is over, the next one a minute away
         await worker.repository.cancel(claim.job.id)
@@ -423,8 +441,7 @@ class TestOrphans:
 
         monkeypatch.setattr(worker.provider, "find", find)
         await worker.recovery.stop_lost_orphans()
-        async with asyncio.TaskGroup() as tasks:
-            await worker.recovery.stop_orphans(tasks)
+        await worker.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         for is_known in (True, False):
             assert await worker.repository.take_orphans(10, known=is_known) == []
@@ -434,11 +451,7 @@ class TestOrphans:
     ) -> None:
         replicate.configure(latency_seconds=30)
         replicate.push_fault("cancel", "delay", seconds=30)
-        claims = [await worker.claim() for _ in range(2)]
-        for claim in claims:
-            attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-            prediction = await worker.provider.create(REQUEST)
-            await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        claims = [(await worker.submit())[0] for _ in range(2)]
         duties = asyncio.create_task(worker.recovery.run())
         for claim in claims:
             await worker.repository.cancel(claim.job.id)
@@ -461,13 +474,9 @@ class TestOrphans:
     ) -> None:
         """One that was done before the cancel came has cost its time."""
         replicate.configure(latency_seconds=latency_seconds, starting_seconds=latency_seconds)
-        claim = await worker.claim()
-        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        claim, _ = await worker.submit()
         await worker.repository.cancel(claim.job.id)
-        async with asyncio.TaskGroup() as tasks:
-            await worker.recovery.stop_orphans(tasks)
+        await worker.stop_orphans()
         [settled] = await worker.repository.attempts(claim.job.id)
         assert (settled.outcome, settled.charged) == (outcome, charged)
 
@@ -490,14 +499,10 @@ class TestOrphans:
     ) -> None:
         replicate.configure(latency_seconds=30)
         replicate.push_fault("cancel", "status", status=404)
-        claim = await worker.claim()
-        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
+        claim, prediction = await worker.submit()
         await worker.repository.cancel(claim.job.id)
         for state in ("submitted", "settled"):
-            async with asyncio.TaskGroup() as tasks:
-                await worker.recovery.stop_orphans(tasks)
+            await worker.stop_orphans()
             [row] = await worker.repository.attempts(claim.job.id)
             assert row.state == state
         assert (await worker.provider.get(prediction.id)).status == "canceled"

@@ -1,13 +1,15 @@
 """What a worker process knows of its runs."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
 
 from app.jobs.lifecycle import Outcome, RunResult
 from app.jobs.repository import Lease
-from app.tasks.runtime import RunRegistry, _note, _Run
+from app.tasks.runtime import RunRegistry, Runtime, _note, _Run
 
 
 async def _nothing(*_: object, **__: object) -> RunResult:
@@ -36,6 +38,21 @@ def test_only_jobs_that_go_on_are_resuming() -> None:
     assert runs.resuming() == {begun.job_id}
     begun.owns(Lease(begun.job_id, uuid4()))
     assert runs.resuming() == set()
+
+
+async def test_nothing_is_claimed_before_the_first_heartbeat() -> None:
+    is_known = asyncio.Event()
+    worker = SimpleNamespace(
+        _recovery=SimpleNamespace(is_known=is_known),
+        _lifecycle=SimpleNamespace(run=_nothing),
+        _worker_id=uuid4(),
+    )
+    run = _Run(uuid4(), at_once=False)
+    running = asyncio.create_task(Runtime._run_alive(cast(Any, worker), run))
+    await asyncio.sleep(0.02)
+    assert not running.done()
+    is_known.set()
+    assert (await running).outcome is Outcome.SKIPPED
 
 
 async def test_a_lost_connection_that_nobody_waits_for_is_one_line(
