@@ -13,7 +13,7 @@ from app.jobs.lifecycle import Outcome, RunResult
 from app.logging import configure_logging
 from app.tasks.celery_app import celery_app, settings
 from app.tasks.doorbell import TASK
-from app.tasks.memory import keep_small
+from app.tasks.memory import leave_modules_alone
 from app.tasks.runtime import Runtime
 
 runtime = Runtime(settings)
@@ -80,7 +80,7 @@ def _start(sender: Any, **_: Any) -> None:
         # Celery would log it and go on, as a worker that takes messages and does nothing.
         log.critical("worker_not_started", exc_info=error)
         raise SystemExit(1) from error
-    keep_small()
+    leave_modules_alone()
 
 
 def _refuse_other_pools(pool: str) -> None:

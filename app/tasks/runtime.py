@@ -33,6 +33,7 @@ from app.providers.base import Provider
 from app.storage import create_storage
 from app.storage.base import Storage
 from app.tasks.doorbell import doorbell
+from app.tasks.memory import keep_giving_back
 from app.tasks.wakeups import CANCELLED, listen
 
 # After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
@@ -223,8 +224,13 @@ class Runtime:
         )
 
     def _start_background(self) -> None:
-        wakeups = listen(self._settings.redis_url, self._wake)
-        for duty in (self._recovery.run(), self._watcher.run(), wakeups):
+        duties = (
+            self._recovery.run(),
+            self._watcher.run(),
+            listen(self._settings.redis_url, self._wake),
+            keep_giving_back(),
+        )
+        for duty in duties:
             task = asyncio.create_task(duty)
             task.add_done_callback(_end_with)
             self._background.add(task)

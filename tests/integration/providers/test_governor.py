@@ -13,6 +13,9 @@ from scripts.servers import Valkey
 
 StartGovernor = Callable[..., RedisGovernor]
 
+# A busy machine may stand still for as long; whatever has to wait in these tests waits for longer.
+AT_ONCE_SECONDS = 0.5
+
 
 @pytest.fixture
 async def start(valkey: Valkey) -> AsyncIterator[StartGovernor]:
@@ -24,7 +27,7 @@ async def start(valkey: Valkey) -> AsyncIterator[StartGovernor]:
 
     def start(per_minute: float, workers: int = 1, url: str = valkey.url) -> RedisGovernor:
         governor = RedisGovernor(
-            Redis.from_url(url, socket_timeout=0.5, socket_connect_timeout=0.5),
+            Redis.from_url(url, socket_timeout=10, socket_connect_timeout=10),
             creates_per_minute=per_minute,
             others_per_minute=per_minute,
             workers=lambda: workers,
@@ -56,7 +59,7 @@ async def admitted_within(governors: list[RedisGovernor], seconds: float) -> int
 
 async def admits_at_once(governor: RedisGovernor, call: Call = Call.CREATE) -> bool:
     try:
-        await asyncio.wait_for(governor.admit(call), 0.1)
+        await asyncio.wait_for(governor.admit(call), AT_ONCE_SECONDS)
     except TimeoutError:
         return False
     return True
@@ -96,12 +99,10 @@ async def test_the_first_in_line_goes_first(start: StartGovernor) -> None:
 class TestPause:
     async def test_one_throttled_worker_pauses_all(self, start: StartGovernor) -> None:
         first, second = start(60_000), start(60_000)
-        await first.throttled(Call.CREATE, 0.5)
+        await first.throttled(Call.CREATE, 2)
         assert not await admits_at_once(second)
         assert await admits_at_once(second, Call.OTHER)
-        started = time.monotonic()
-        await second.admit(Call.CREATE)
-        assert time.monotonic() - started < 1
+        await asyncio.wait_for(second.admit(Call.CREATE), module.LONGEST_SLEEP_SECONDS - 1)
 
     async def test_a_shorter_pause_does_not_end_a_longer_one(self, start: StartGovernor) -> None:
         governor = start(60_000)
@@ -114,7 +115,7 @@ class TestPause:
 class TestBreaker:
     @pytest.fixture(autouse=True)
     def _quick_probes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "PROBE_SECONDS", 0.5)
+        monkeypatch.setattr(module, "PROBE_SECONDS", 1)
 
     async def _open(self, governor: RedisGovernor) -> None:
         for _ in range(module.FAILURES_TO_OPEN):
@@ -157,7 +158,7 @@ class TestBreaker:
     async def test_one_probe_per_interval_finds_out(self, start: StartGovernor) -> None:
         first, second = start(60_000), start(60_000)
         await self._open(first)
-        assert await admitted_within([first, second], 1.75) == 3
+        assert await admitted_within([first, second], 3.5) == 3
 
     async def test_a_good_probe_closes_it_for_all(self, start: StartGovernor) -> None:
         first, second = start(60_000), start(60_000)
