@@ -63,6 +63,7 @@ class LedgerEntry:
     called_at: str
     created_at: str
     status: str  # at the time of asking
+    completed_at: str | None
     headers: dict[str, str]
     webhook: str | None
     webhook_events_filter: list[str] | None
@@ -178,6 +179,7 @@ class Prediction:
             called_at=iso(self.request.called_at),
             created_at=iso(self.created_at),
             status=self.status_at(now),
+            completed_at=iso(ended_at) if (ended_at := self.completed_at(now)) else None,
             headers=self.request.headers,
             webhook=self.request.webhook,
             webhook_events_filter=self.request.webhook_events_filter,

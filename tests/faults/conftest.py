@@ -75,6 +75,7 @@ def start_stack(
         started = [stack.start_worker(wait=False) for _ in range(workers)]
         for worker in started:
             stack.wait_for_worker(worker)
+        stack.read_on()
         return stack
 
     yield start

@@ -37,6 +37,7 @@ from tests.faults.proxy import FaultProxy
 # Scaled down by default, to be part of every test run; `scripts/test.sh --faults` asks for all.
 FULL = os.environ.get("FAULTS") == "full"
 START_SECONDS = 60.0
+READS_PER_SECOND = 4
 MODEL = "acme/painter"
 
 # Every connection that can be put behind a proxy.
@@ -164,6 +165,7 @@ class Stack:
     apis: list[Process] = field(default_factory=list)
     workers: list[Process] = field(default_factory=list)  # all, also those that have ended
     answers: list[Answer] = field(default_factory=list)
+    reads: list[Answer] = field(default_factory=list)  # of the client that looks all the time
     accepted: list[str] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     baseline: dict[int, Resources] = field(default_factory=dict)  # by process id
@@ -171,6 +173,7 @@ class Stack:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self._closing = ExitStack()
+        self._over = threading.Event()
         self._lock = threading.Lock()
         self._posts = 0
         self._api_port = 0
@@ -303,27 +306,30 @@ class Stack:
         self, client: httpx.Client, method: str, path: str, **options: Any
     ) -> httpx.Response | None:
         """Make one request and note its answer; None when there was none."""
-        sent_at, started = time.time(), time.monotonic()
-        response: httpx.Response | None = None
-        with suppress(httpx.TransportError):
-            response = client.request(method, path, **options)
-        seconds = time.monotonic() - started
-        headers = response.headers if response is not None else httpx.Headers()
-        answer = Answer(
-            method,
-            path,
-            response.status_code if response is not None else 0,
-            seconds,
-            sent_at,
-            headers.get("retry-after"),
-            headers.get("content-type", ""),
-        )
+        answer, response = _exchange(client, method, path, options)
         with self._lock:
             self.answers.append(answer)
             if method == "POST" and path == "/api/v1/generate" and answer.status == 201:
                 assert response is not None
                 self.accepted.append(response.json()["id"])
         return response
+
+    def read_on(self) -> None:
+        """Look at jobs in the background until the end, as clients that wait for theirs do."""
+        reading = threading.Thread(target=self._read)
+        reading.start()
+        self._closing.callback(reading.join)
+        self._closing.callback(self._over.set)
+
+    def _read(self) -> None:
+        choice = random.Random(self.seed)
+        with httpx.Client(timeout=10, trust_env=False) as client:
+            while not self._over.wait(1 / READS_PER_SECOND):
+                paths = ["/api/v1/jobs"]
+                for known in self.accepted[-200:][:1]:
+                    paths += [f"/api/v1/status/{known}", f"/api/v1/jobs/{known}/attempts"]
+                url = self.url + choice.choice(paths)
+                self.reads.append(_exchange(client, "GET", url, {})[0])
 
     def prompt(self, words: str = "") -> str:
         """Return a prompt that no other job has and no log may show."""
@@ -470,6 +476,7 @@ class Stack:
                 path.unlink()
         self.replicate.reset()
         self.answers.clear()
+        self.reads.clear()
         self.accepted.clear()
         processes = [process for process in (*self.apis, *self.workers) if process.is_running]
         self.baseline = {process.pid: process.resources() for process in processes}
@@ -498,9 +505,24 @@ class Stack:
 
     def close(self) -> None:
         """End every process and proxy."""
+        self._over.set()
         for process in (*self.apis, *self.workers):
             process.kill()
         self._closing.close()
+
+
+def _exchange(
+    client: httpx.Client, method: str, path: str, options: dict[str, Any]
+) -> tuple[Answer, httpx.Response | None]:
+    sent_at, started = time.time(), time.monotonic()
+    response: httpx.Response | None = None
+    with suppress(httpx.TransportError):
+        response = client.request(method, path, **options)
+    seconds = time.monotonic() - started
+    status = response.status_code if response is not None else 0
+    headers = response.headers if response is not None else httpx.Headers()
+    told = headers.get("retry-after"), headers.get("content-type", "")
+    return Answer(method, path, status, seconds, sent_at, *told), response
 
 
 StartStack = Callable[..., Stack]

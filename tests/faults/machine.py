@@ -396,7 +396,21 @@ class JobsMachine(RuleBasedStateMachine):
     def _when_succeeded(self, run: Run, *, smooth: bool) -> None:
         """The checkpoint before each file."""
         if self.write(run, self.repository.begin_storing(run.claim.lease), done=True):
-            run.stage = "storing"
+            run.stage = "decoding"
+
+    def _when_decoding(self, run: Run, *, smooth: bool) -> None:
+        """Should the worker die now, it will have been this job's doing."""
+        if self.write(run, self.repository.begin_decoding(run.claim.lease), done=True):
+            run.stage = "decoded"
+
+    def _when_decoded(self, run: Run, *, smooth: bool) -> None:
+        """It was not; but only who has the job may say so."""
+        job = self.seen.jobs[run.job_id]
+        is_ours = (job["lease_token"], job["status"]) == (str(run.claim.lease.token), "processing")
+        self.do(self.repository.end_decoding(run.claim.lease))
+        taken_back = job["crash_count"] - self.seen.jobs[run.job_id]["crash_count"]
+        assert taken_back == is_ours
+        run.stage = "storing"
 
     def _when_storing(self, run: Run, *, smooth: bool) -> None:
         """Every file is durable; or else the disk is full, and the attempt goes on."""
@@ -601,7 +615,7 @@ class JobsMachine(RuleBasedStateMachine):
         self.time_passes()
         for worker in range(WORKERS):
             self.die(worker)
-        for duty in (self.release_dead, self.finish_cancels, self.expire):
+        for duty in (self.release_dead, self.finish_cancels, self.expire, self.fail_poisoned):
             duty()
         for job_id in self.free_jobs():
             self._claim(job_id, 0, JOB_DEADLINES[-1])

@@ -4,6 +4,7 @@ It asks the database, the disk, the provider's ledger, the clients' answers and 
 service itself.
 """
 
+import builtins
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from PIL import Image
 
 from scripts.servers import Postgres
 from tests.doubles.replicate_ledger import LedgerEntry
+from tests.doubles.replicate_settings import Settings as DoubleSettings
 from tests.faults.harness import FULL, Answer, Stack, percentile, wait_for
 
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
@@ -43,20 +46,21 @@ LATE_SECONDS = 30
 DEAD_LEASE_SECONDS = 30
 SETTLE_SECONDS = 60
 READ_P99_SECONDS = 0.25
+ENOUGH_READS = 100
 
 HISTORY = """
 CREATE SCHEMA faults;
 CREATE TABLE faults.history (
     number bigserial, at timestamptz DEFAULT clock_timestamp(), job_id uuid,
     old_status text, status text, phase text, worker_id uuid, lease_token uuid, claimed boolean,
-    -- When a job loses its owner: since when it is silent, and is another one older?
-    old_worker_id uuid, owner_silent interval, witnessed boolean
+    -- When a job loses its owner: since when it is silent, and another one there to see it.
+    old_worker_id uuid, owner_silent interval, seen_silent interval
 );
 CREATE FUNCTION faults.note() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO faults.history
         (job_id, old_status, status, phase, worker_id, lease_token, claimed,
-         old_worker_id, owner_silent, witnessed)
+         old_worker_id, owner_silent, seen_silent)
     VALUES (
         NEW.id, CASE WHEN TG_OP = 'UPDATE' THEN OLD.status END, NEW.status, NEW.phase,
         NEW.worker_id, NEW.lease_token,
@@ -64,10 +68,11 @@ BEGIN
         CASE WHEN TG_OP = 'UPDATE' THEN OLD.worker_id END,
         CASE WHEN TG_OP = 'UPDATE' AND NEW.worker_id IS NULL THEN
             now() - (SELECT heartbeat_at FROM workers WHERE id = OLD.worker_id) END,
-        TG_OP = 'UPDATE' AND NEW.worker_id IS NULL AND EXISTS (
-            SELECT FROM workers silent JOIN workers other ON other.started_at < silent.heartbeat_at
-            WHERE silent.id = OLD.worker_id AND other.id <> silent.id
-                AND other.heartbeat_at > now() - interval '5 s')
+        CASE WHEN TG_OP = 'UPDATE' AND NEW.worker_id IS NULL THEN (
+            SELECT now() - greatest(silent.heartbeat_at, min(other.started_at))
+            FROM workers silent JOIN workers other ON other.id <> silent.id
+            WHERE silent.id = OLD.worker_id AND other.heartbeat_at > now() - interval '5 s'
+            GROUP BY silent.heartbeat_at) END
     );
     RETURN NULL;
 END $$;
@@ -107,6 +112,7 @@ class Summary:
     created_twice: int
     files: int
     leftover_temps: int
+    read_p99_seconds: float
 
 
 def check(
@@ -141,6 +147,7 @@ def check(
         oracle.created_twice,
         oracle.files,
         oracle.temps,
+        oracle.read_p99_seconds,
     )
 
 
@@ -150,6 +157,7 @@ class _Oracle:
         self.created_twice = 0  # but for those that the provider itself reported as failed
         self.files = 0
         self.temps = 0
+        self.read_p99_seconds = 0.0
         self._stack = stack
         self.creates = stack.replicate.creates()
         self._jobs = _rows(stack, "SELECT * FROM jobs")
@@ -166,8 +174,12 @@ class _Oracle:
         ids = {str(job["id"]) for job in self._jobs}
         for job_id in self._stack.accepted:
             self._expect(job_id in ids, f"O1: {job_id} was answered with 201 and does not exist")
+        deleted = {a.path.rsplit("/", 1)[-1] for a in self._stack.answers if a.method == "DELETE"}
+        kept = set(self._stack.accepted) - deleted
         for job in self._jobs:
             self._expect(job["status"] in TERMINAL, f"O1: {job['id']} is {job['status']}")
+            by_itself = job["status"] == "cancelled" and str(job["id"]) in kept
+            self._expect(not by_itself, f"O1: nobody has cancelled {job['id']}")
             code = job["error_code"]
             expected = job["status"] != "failed" or code in failures
             self._expect(expected, f"O1: {job['id']} failed with {code}: {job['error_message']}")
@@ -199,12 +211,28 @@ class _Oracle:
         known = len(entries) <= len(attempts)
         self._expect(known, f"O2: {len(entries)} creates, {len(attempts)} attempts: {job['id']}")
         self._unpaid_is_not_there(attempts, entries)
+        self._only_after_the_end(job, entries, may_pay_again)
         if job["status"] == "completed":
             open_ones = [a["number"] for a in attempts if a["state"] != "settled"]
             self._expect(not open_ones, f"O2: open attempts of {job['id']}: {open_ones}")
             ended_well = [entry.id for entry in entries if entry.status == "succeeded"]
             paid = job["external_job_id"] in ended_well
             self._expect(paid, f"O2: {job['id']} completed from {job['external_job_id']}")
+            self._last_is_told(attempts[-1])
+
+    def _last_is_told(self, attempt: dict[str, Any]) -> None:
+        """The ledger of ours says of what completed a job how it ended, and that it is paid."""
+        told = (attempt["outcome"], attempt["charged"], attempt["error_class"])
+        whole = told == ("succeeded", "yes", None) and attempt["settled_at"]
+        self._expect(whole, f"O2: {attempt['id']} of a completed job is {told}")
+
+    def _only_after_the_end(
+        self, job: dict[str, Any], entries: list[LedgerEntry], may_pay_again: bool
+    ) -> None:
+        """No create was called for while the one before it could still end well."""
+        for earlier, later in pairwise(sorted(entries, key=lambda entry: entry.called_at)):
+            over = earlier.completed_at is not None and earlier.completed_at <= later.called_at
+            self._expect(over or may_pay_again, f"O2: two at once for {job['id']}: {later.id}")
 
     def _unpaid_is_not_there(
         self, attempts: list[dict[str, Any]], entries: list[LedgerEntry]
@@ -269,6 +297,9 @@ class _Oracle:
             move = (change["old_status"], change["status"])
             legal = move in LEGAL or (move[0] == move[1] and move[1] not in TERMINAL)
             self._expect(legal, f"O4: {change['job_id']} went {move[0]} -> {move[1]}")
+        robbed = "SELECT job_id FROM faults.history WHERE claimed AND old_worker_id IS NOT NULL"
+        for row in _rows(self._stack, robbed):
+            self._expect(False, f"O4: {row['job_id']} was claimed although it had an owner")
         for job in self._jobs:
             outcomes = [attempt["outcome"] for attempt in self._attempts[job["id"]]]
             # Called off, as the database was away when it was asked once more: nothing was sent.
@@ -282,8 +313,8 @@ class _Oracle:
         taken = _rows(
             self._stack,
             "SELECT job_id, extract(epoch FROM at)::float AS at,"
-            " extract(epoch FROM owner_silent)::float AS silent FROM faults.history"
-            " WHERE witnessed",
+            " extract(epoch FROM seen_silent)::float AS silent FROM faults.history"
+            " WHERE seen_silent IS NOT NULL",
         )
         for row in taken:
             in_fault = any(
@@ -295,7 +326,7 @@ class _Oracle:
 
     def answers_are_documented(self) -> None:
         """O6: documented codes; 503, with Retry-After, and no answer only while a fault shows."""
-        for answer in self._stack.answers:
+        for answer in (*self._stack.answers, *self._stack.reads):
             shown = f"{answer.method} {answer.path}: {answer.status} after {answer.seconds:.2f} s"
             if answer.status in (0, 503):
                 self._expect(self._in_window(answer), f"O6: without a fault: {shown}")
@@ -306,14 +337,13 @@ class _Oracle:
                 right_type = "problem+json" in answer.content_type or "health" in answer.path
                 whole = answer.retry_after and right_type
                 self._expect(whole, f"O6: a 503 without Retry-After or problem: {shown}")
-        if FULL:
-            reads = [
-                a.seconds
-                for a in self._stack.answers
-                if a.method == "GET" and not self._in_window(a)
-            ]
-            slow = percentile(reads, 0.99)
-            self._expect(slow < READ_P99_SECONDS, f"O6: p99 of GET is {slow:.3f} s")
+        reads = [a.seconds for a in self._stack.reads if not self._in_window(a)]
+        self._expect(reads or self._stack.windows, "O6: nobody has looked at a job")
+        self.read_p99_seconds = percentile(reads, 0.99)
+        # Of so few it would be the slowest one; and the default run has the machine not to itself.
+        if FULL and len(reads) >= ENOUGH_READS:
+            fast = self.read_p99_seconds < READ_P99_SECONDS
+            self._expect(fast, f"O6: p99 of {len(reads)} GETs is {self.read_p99_seconds:.3f} s")
 
     def _in_window(self, answer: Answer) -> bool:
         end = answer.at + answer.seconds
@@ -336,7 +366,10 @@ class _Oracle:
             "password": stack.postgres.password,
             "broker password": stack.valkey.password,
             "prompt": stack.secret_words,
+            "provider's webhook secret": DoubleSettings().webhook_secret,
         }
+        own = ("REPLICATE_WEBHOOK_SECRET", "AWS_SECRET_ACCESS_KEY")
+        secrets |= {name: stack.settings[name] for name in own if name in stack.settings}
         for path in sorted(stack.logs.iterdir()):
             text = path.read_text(errors="replace")
             for name, secret in secrets.items():
@@ -345,11 +378,16 @@ class _Oracle:
                 self._expect(not self._is_unhandled(line), f"O8: {path.name}: {line[:300]}")
 
     def _is_unhandled(self, line: str) -> bool:
-        """A run that fails for a reason it does not know is no surprise while a fault shows."""
-        if '"event": "run_failed"' in line:
-            at = datetime.fromisoformat(json.loads(line)["timestamp"]).timestamp()
-            return not any(w.begin <= at <= w.end for w in self._stack.windows)
-        return any(words in line for words in UNHANDLED)
+        """What a run or a task does not know is no surprise while a fault shows."""
+        if any(words in line for words in UNHANDLED):
+            return True
+        record = json.loads(line) if line.startswith('{"') else {}
+        if record.get("event") == "duty_failed":
+            return _is_bug(record["error"])
+        if "exception" not in record or record["logger"].startswith("celery."):
+            return False  # of the broker's absence Celery tells with tracebacks
+        at = datetime.fromisoformat(record["timestamp"]).timestamp()
+        return not any(w.begin <= at <= w.end for w in self._stack.windows)
 
 
 UNHANDLED = (
@@ -359,6 +397,12 @@ UNHANDLED = (
     "was never retrieved",
     "never awaited",
 )
+
+
+def _is_bug(error: str) -> bool:
+    """Tell an error of Python's that no outage raises, by its name with the module."""
+    kind = getattr(builtins, error.removeprefix("builtins."), None)
+    return kind is not None and not issubclass(kind, OSError)
 
 
 def _rows(stack: Stack, statement: str) -> list[dict[str, Any]]:

@@ -24,13 +24,12 @@ from typing import Any
 
 from celery.__main__ import main
 
-from app.jobs import recovery
 from app.jobs.outputs import OutputKeeper
 from app.jobs.repository import JobRepository
 from app.media.decoder import Decoder
-from app.providers import replicate
 from app.storage import local
 from app.storage.local import LocalStorage
+from app.tasks import generate as generate  # loads all that a worker does: it has clocks, too
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -125,8 +124,9 @@ def _shift_clock(shift: str) -> None:
             )
 
     time.time = lambda: true_time() + seconds()
-    for module in (recovery, replicate):
-        module.datetime = WrongDatetime  # type: ignore[attr-defined]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("app.") and getattr(module, "datetime", None) is datetime:
+            module.datetime = WrongDatetime  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -182,9 +182,9 @@ def _assert_no_create_after(stack: Stack, cancels: Sequence[Cancel]) -> None:
 
 def _seconds_until_told(stack: Stack, cancels: Sequence[Cancel]) -> list[float]:
     """Return how long the provider's cancel took after the client's, where its id was known."""
-    confirmed_at = {cancel.job_id: cancel.confirmed_at for cancel in cancels}
+    asked_at = {cancel.job_id: cancel.asked_at for cancel in cancels}
     known = {
-        attempt["prediction_id"]: confirmed_at[str(attempt["job_id"])]
+        attempt["prediction_id"]: asked_at[str(attempt["job_id"])]
         for words in ("while-it-starts", "while-it-runs", "while-it-is-stored")
         for attempt in attempts_about(stack, words)
     }

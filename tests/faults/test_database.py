@@ -1,15 +1,19 @@
 """A database that crashes or goes silent, and everything failing at once: F8, F9, F11."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 
+from tests.doubles.replicate_settings import Settings
+from tests.doubles.replicate_webhooks import signed_headers
 from tests.faults.harness import Link, Stack, StartStack
 from tests.faults.oracle import check
 from tests.faults.report import Scenario, full_only, sized
 
 DATABASE_LINKS: tuple[Link, ...] = ("api_database", "worker_database")
+SECRET = Settings().webhook_secret
 # From the moment the database is back until an old connection may still show.
 RETURN_SECONDS = 8
 
@@ -33,6 +37,7 @@ def test_f08_the_database_crashes(start_stack: StartStack, scenario: Scenario) -
     rest_seconds = stack.wait_until_done(90)
     refused = [answer.seconds for answer in stack.answers if answer.status == 503]
     assert refused
+    assert {answer.status for answer in stack.answers} == {201, 503}
     assert len(stack.accepted) == jobs
     scenario.record(
         refused=len(refused),
@@ -48,18 +53,19 @@ def test_f09_the_database_goes_silent(start_stack: StartStack, scenario: Scenari
     """100 jobs, no byte from PostgreSQL for 20 s: every route answers 503 within 5 s, and again
     200 by itself; leases may be lost, but there is no second create and no stale write.
     """
-    stack = start_stack(workers=2, links=DATABASE_LINKS)
+    stack = start_stack(workers=2, links=DATABASE_LINKS, REPLICATE_WEBHOOK_SECRET=SECRET)
     stack.warm_up()
     stack.replicate.configure(latency_seconds=3)
     done = stack.post(3)
     stack.wait_until_done(30)
+    (attempt_id,) = stack.query("SELECT id FROM attempts WHERE job_id = %s", done[0])[0]
     stack.post(100)
     time.sleep(2)
     with stack.outage(RETURN_SECONDS):
         for link in DATABASE_LINKS:
             stack.proxies[link].hold()
         silent_at = time.monotonic()
-        answers = _ask_every_route(stack, done[0])
+        answers = _ask_every_route(stack, done[0], attempt_id)
         time.sleep(max(0.0, silent_at + 20 - time.monotonic()))
         for link in DATABASE_LINKS:
             stack.proxies[link].pass_on()
@@ -85,19 +91,23 @@ def _routes(job_id: str) -> list[tuple[str, str]]:
         ("GET", f"/api/v1/download/{job_id}"),
         ("DELETE", f"/api/v1/jobs/{job_id}"),
         ("GET", f"/media/{job_id}.png"),
+        ("GET", f"/media/{job_id}.png?size=256"),
         ("GET", "/health/detailed"),
         ("GET", "/metrics"),
         ("POST", "/api/v1/generate"),
     ]
 
 
-def _ask_every_route(stack: Stack, job_id: str) -> list[tuple[str, int, float]]:
+def _ask_every_route(stack: Stack, job_id: str, attempt_id: object) -> list[tuple[str, int, float]]:
     """Each twice: with connections that were there before, and with none."""
     answers = []
+    webhook = ("POST", f"/api/v1/webhooks/replicate/{attempt_id}")
     with stack.client() as client:
-        for method, path in _routes(job_id) * 2:
-            body = {"prompt": stack.prompt()} if method == "POST" else None
-            stack.request(client, method, path, json=body)
+        for method, path in [*_routes(job_id), webhook] * 2:
+            body = json.dumps({"id": "x", "prompt": stack.prompt()}).encode()
+            signed = signed_headers(SECRET, body, "msg_x", time.time())
+            told = {"content": body, "headers": signed | {"content-type": "application/json"}}
+            stack.request(client, method, path, **(told if method == "POST" else {}))
             answer = stack.answers[-1]
             answers.append((f"{method} {path}", answer.status, answer.seconds))
     return answers

@@ -15,8 +15,8 @@ from tests.faults.records import jobs_about
 from tests.faults.report import Scenario, full_only
 from tests.faults.test_database import crash_database
 
-JOBS = 10_000
-LOST_ANSWERS = 1_000
+JOBS = int(os.environ.get("FAULTS_LOAD_JOBS", "10000"))
+LOST_ANSWERS = JOBS // 10
 # Two cores have to keep up with it although a worker's start takes seconds of them.
 POSTS_PER_SECOND = 12
 KILL_EVERY_SECONDS = 10
@@ -38,8 +38,9 @@ MIB = 1 << 20
 def test_ten_thousand_jobs_under_every_fault(start_stack: StartStack, scenario: Scenario) -> None:
     """10,000 jobs, 1,000 of their creates' answers lost: 0 lost, 0 created twice, files = rows.
 
-    Meanwhile a worker is killed every few seconds, the broker flushed or restarted empty, and
-    the database crashes.
+    From a kill to the next owner's claim: p50 <= 20 s, p99 <= 30 s. Meanwhile a worker is killed
+    every few seconds, the broker flushed or restarted empty, and the database crashes.
+    (FAULTS_LOAD_JOBS: another number of jobs.)
     """
     stack = start_stack(workers=2, **PATIENT)
     stack.replicate.configure(latency_seconds=3)
@@ -71,6 +72,8 @@ def test_ten_thousand_jobs_under_every_fault(start_stack: StartStack, scenario: 
     assert len(stack.accepted) == JOBS
     assert len(lost) >= LOST_ANSWERS
     assert len(adopted) == len(lost)
+    assert percentile(recoveries, 0.5) <= 20
+    assert percentile(recoveries, 0.99) <= 30
 
 
 def _break_things(stack: Stack, posting: threading.Thread) -> list[tuple[float, set[object]]]:

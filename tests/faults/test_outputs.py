@@ -63,6 +63,8 @@ def test_f20_strange_ends_are_ends(start_stack: StartStack, scenario: Scenario) 
     # Only what the provider itself gave up before it began is bought again.
     assert each < creates.pop("aborted") <= 4 * each
     assert set(creates.values()) == {each}
+    # What both deadlines make together, so that an orphan cannot run for ever.
+    assert {entry.headers["cancel-after"] for entry in stack.replicate.creates()} == {"25s"}
     _is_quiet(stack)
     failures = {code for _, code in LIVES.values() if code}
     scenario.record(**vars(check(stack, failures=failures)), took_seconds=took)

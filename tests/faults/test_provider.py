@@ -8,6 +8,7 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from tests.doubles.replicate_ledger import LedgerEntry
 from tests.faults.bodies import one_colour
@@ -37,19 +38,18 @@ def test_f12_lost_create_answers_are_adopted(
     """
     public = {"PUBLIC_BASE_URL": "https://media.test"} if way == "webhook" else {}
     stack = start_stack(workers=2, **PATIENT, **public)
-    jobs, cut = sized((40, 13), (300, 100))
+    cut = sized(12, 100)
     if way == "webhook":
         stack.replicate.configure(webhook_rewrite=stack.url)
         stack.replicate.push_fault("list", "status", status=403, times=None)
-    stack.replicate.push_fault(
-        "create", "accept_then_drop", times=cut, probability=0.4, seed=scenario.seed
-    )
-    stack.post(jobs)
+    stack.replicate.push_fault("create", "accept_then_drop", prompt_contains="lost", times=None)
+    for _ in range(cut // 4):
+        stack.post(4, words="lost")
+        stack.post(8)
     stack.wait_until_done(180)
     lost = _unanswered(stack)
     adopted = {job["external_job_id"] for job in jobs_about(stack)} & {e.id for e in lost}
-    assert len(lost) >= cut // 2
-    assert len(adopted) == len(lost)
+    assert len(adopted) == len(lost) == cut
     _record(scenario, stack, adopted=len(adopted))
 
 
@@ -95,7 +95,7 @@ def test_f15_throttling_in_every_form_costs_time_only(
     """
     limit, burst = 600, 10
     stack = start_stack(workers=sized(2, 4), REPLICATE_CREATES_PER_MINUTE=str(limit))
-    stack.post(sized(40, 69))
+    stack.post(sized(40, 200))
     stack.wait_until_done()
     calls = [seconds(call) for call in stack.replicate.ledger().create_calls]
     excess = _excess(calls, limit, burst)
@@ -209,7 +209,8 @@ def test_f16_errors_in_a_third_of_all_calls_fail_no_job(
     stack.post(sized(16, 300))
     took = stack.wait_until_done(sized(90, 300))
     fired = stack.replicate.ledger().faults_fired
-    assert {"create status", "create accept_then_status", "download status"} <= fired.keys()
+    failing = {"create status", "create accept_then_status", "list status", "download status"}
+    assert failing <= fired.keys()
     assert set(stack.counts()) == {"completed"}
     _record(scenario, stack, max_retries=12, failed_calls=sum(fired.values()), took_seconds=took)
 
@@ -217,10 +218,10 @@ def test_f16_errors_in_a_third_of_all_calls_fail_no_job(
 def _fail_share(stack: Stack, on: str, kinds: Sequence[str], share: float) -> None:
     """Make this share of the calls fail, each status and kind as often as the others.
 
-    One of each kind for certain: of few calls none may fail by chance.
+    One of each for certain: of few calls none may fail by chance.
     """
-    for kind in kinds:
-        stack.replicate.push_fault(on, kind, status=SERVER_ERRORS[0], times=1)
+    for status, kind in product(SERVER_ERRORS, kinds):
+        stack.replicate.push_fault(on, kind, status=status, times=1)
     every = 1 - (1 - share) ** (1 / (len(SERVER_ERRORS) * len(kinds)))
     for number, (status, kind) in enumerate(product(SERVER_ERRORS, kinds)):
         stack.replicate.push_fault(
@@ -256,14 +257,16 @@ def test_f17_a_dead_provider_opens_the_breaker(
         opened_after = time.monotonic() - died
         time.sleep(5)  # what was under way is over
         calls, counted_from = _calls(stack), time.monotonic()
-        time.sleep(max(0.0, died + 180 - time.monotonic()))
-        per_minute = (_calls(stack) - calls) * 60 / (time.monotonic() - counted_from)
+        probes = _probes(broker, until=died + 180)
+        # What is refused reaches nobody who could count it, but its permission does.
+        calls = max(probes, _calls(stack) - calls)
+        per_minute = calls * 60 / (time.monotonic() - counted_from)
     assert set(stack.counts()) <= {"pending", "processing", "completed"}
     stack.replicate.clear_faults()
     stack.proxies["provider"].pass_on()
     drained = stack.wait_until_done(120)
     assert opened_after <= 15
-    assert per_minute <= 20
+    assert 0 < per_minute <= 20
     assert set(stack.counts()) == {"completed"}
     _record(
         scenario,
@@ -272,6 +275,17 @@ def test_f17_a_dead_provider_opens_the_breaker(
         calls_per_minute_while_open=per_minute,
         drained_seconds=drained,
     )
+
+
+def _probes(broker: Redis, until: float) -> int:
+    """Count the calls that the breaker lets through until then: each sets the time of the next."""
+    seen = set()
+    while time.monotonic() < until:
+        for kind in ("create", "other"):
+            if at := broker.get(f"media:{{governor}}:{kind}:probe"):
+                seen.add((kind, at))
+        time.sleep(0.2)
+    return len(seen)
 
 
 def _calls(stack: Stack) -> int:

@@ -1,6 +1,7 @@
 """A disk or bucket that is full, read-only or broken, deaths while storing: F26, F27, F28."""
 
 import base64
+import os
 import random
 import subprocess
 import sys
@@ -152,4 +153,16 @@ def test_f28_workers_that_die_while_storing(
     deaths = keep_workers(stack, 2, seconds=240)
     assert deaths >= 6
     assert len(list(notes.iterdir())) == 12
-    scenario.record(worker_deaths=deaths, **vars(check(stack)))
+    summary = check(stack)
+    assert summary.leftover_temps > 0
+    _are_swept_when_old(stack)
+    scenario.record(worker_deaths=deaths, **vars(summary))
+
+
+def _are_swept_when_old(stack: Stack) -> None:
+    """Make the half-written files old, and wait until the worker that starts has removed them."""
+    hidden = [path for path in stack.media.parent.rglob("*/.*") if path.is_file()]
+    for path in hidden:
+        os.utime(path, (0, 0))
+    stack.start_worker()
+    wait_for(lambda: not any(path.exists() for path in hidden), "the sweep of old files", 20)
