@@ -31,12 +31,12 @@ transport.use()
 celery_app = Celery(
     "replicate-media-service", broker=settings.broker_url, amqp=transport.PersistentAMQP
 )
+# The database is the result: one that nobody reads would make publishing wait for its server. Set
+# here, because Celery prefers CELERY_RESULT_BACKEND of the environment to any setting below.
+celery_app.backend_cls = "disabled"
 celery_app.conf.update(
     include=["app.tasks.generate"],
     task_default_queue="generate",
-    # The database is the result. A backend is accepted because the documented configuration has
-    # one; nothing is ever written to it (a result write would make publishing wait for Redis).
-    result_backend=settings.celery_result_backend,
     task_ignore_result=True,
     # The message is only a doorbell: taken off the queue at once. What is lost with a worker is
     # rung again by the sweep; redelivery by the broker would be a second, slower mechanism.
