@@ -3,6 +3,7 @@
 `celery -A app.tasks.celery_app worker` needs no further options: pool and concurrency stand here.
 """
 
+from ssl import CERT_REQUIRED
 from typing import Any
 
 from celery import Celery
@@ -58,6 +59,8 @@ celery_app.conf.update(
     # checks and a second (kombu 5.7).
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # kombu takes any certificate unless it is told; what the URL says of TLS comes first.
+    broker_use_ssl=settings.broker_url.startswith("rediss:") and {"ssl_cert_reqs": CERT_REQUIRED},
     broker_transport_options={
         "socket_timeout": 5,
         "socket_connect_timeout": 2,

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.servers import Valkey
 
 ROOT = Path(__file__).parents[3]
@@ -13,6 +15,10 @@ from uuid import uuid4
 from app.tasks.doorbell import doorbell
 doorbell.ring([uuid4()])
 print("rung")
+"""
+TLS = """
+from app.tasks.celery_app import celery_app
+print(celery_app.connection_for_write().ssl)
 """
 
 
@@ -31,3 +37,18 @@ def output_of(code: str, **environment: str) -> str:
 def test_a_result_backend_that_is_away_does_not_keep_the_doorbell_waiting(valkey: Valkey) -> None:
     away = "redis://127.0.0.1:1/0"
     assert output_of(RING, CELERY_BROKER_URL=valkey.url, CELERY_RESULT_BACKEND=away) == "rung"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://127.0.0.1:1/0", "False"),
+        ("rediss://127.0.0.1:1/0", "{'ssl_cert_reqs': <VerifyMode.CERT_REQUIRED: 2>}"),
+        (
+            "rediss://127.0.0.1:1/0?ssl_cert_reqs=none",
+            "{'ssl_cert_reqs': <VerifyMode.CERT_NONE: 0>}",
+        ),
+    ],
+)
+def test_a_certificate_is_verified_unless_the_url_says_otherwise(url: str, said: str) -> None:
+    assert output_of(TLS, CELERY_BROKER_URL=url) == said
