@@ -6,7 +6,6 @@ from typing import Any
 from uuid import UUID
 
 from kombu import Connection, Producer
-from kombu.exceptions import ChannelError
 
 from app.tasks.celery_app import celery_app
 
@@ -43,9 +42,8 @@ class BrokerDoorbell:
         with self._lock:
             try:
                 channel: Any = self._connect().default_channel
-                declared = channel.queue_declare(celery_app.conf.task_default_queue, passive=True)
-            except ChannelError:
-                return 0  # Redis has no key for an empty list
+                # Not `passive`: it asks for a key without our prefix, so it never finds the queue.
+                declared = channel.queue_declare(celery_app.conf.task_default_queue)
             except Exception:
                 self._disconnect()
                 raise

@@ -16,6 +16,13 @@ from app.tasks.doorbell import doorbell
 doorbell.ring([uuid4()])
 print("rung")
 """
+COUNT = """
+from uuid import uuid4
+from app.tasks.doorbell import doorbell
+before = doorbell.queue_length()
+doorbell.ring([uuid4(), uuid4()])
+print(doorbell.queue_length() - before)
+"""
 TLS = """
 from app.tasks.celery_app import celery_app
 print(celery_app.connection_for_write().ssl)
@@ -37,6 +44,10 @@ def output_of(code: str, **environment: str) -> str:
 def test_a_result_backend_that_is_away_does_not_keep_the_doorbell_waiting(valkey: Valkey) -> None:
     away = "redis://127.0.0.1:1/0"
     assert output_of(RING, CELERY_BROKER_URL=valkey.url, CELERY_RESULT_BACKEND=away) == "rung"
+
+
+def test_the_messages_that_wait_are_counted(valkey: Valkey) -> None:
+    assert output_of(COUNT, CELERY_BROKER_URL=valkey.url) == "2"
 
 
 @pytest.mark.parametrize(
