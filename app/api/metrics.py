@@ -65,7 +65,10 @@ def prometheus_text(stats: QueueStats, accept: str) -> tuple[bytes, str]:
     """Return the numbers in the text format that `accept` asks for, and its content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(stats))
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except TypeError:  # of a version that is none the library compares words with numbers
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
 
 

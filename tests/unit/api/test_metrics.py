@@ -2,7 +2,8 @@
 
 import pytest
 
-from app.api.metrics import prefers_prometheus
+from app.api.metrics import prefers_prometheus, prometheus_text
+from app.jobs.repository import QueueStats
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,19 @@ from app.api.metrics import prefers_prometheus
 )
 def test_prefers_prometheus(accept: str, prometheus: bool) -> None:
     assert prefers_prometheus(accept) is prometheus
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/plain;version=abc",
+        "text/plain;version=1.x",
+        'text/plain;version="0.0.4"',
+        "application/openmetrics-text;version=1.x",
+    ],
+)
+def test_a_version_that_is_none_is_answered_with_plain_text(accept: str) -> None:
+    stats = QueueStats({"pending": 1}, 0.0, 0, 0)
+    body, content_type = prometheus_text(stats, accept)
+    assert b"media_queue_depth 1.0" in body
+    assert content_type.startswith("text/plain; version=0.0.4")
