@@ -1,11 +1,11 @@
 """From a prompt to a picture in one command, on servers of our own: scripts/quickstart.sh runs it.
 
 PostgreSQL and Valkey run from their wheels with their data in `.quickstart`, so DATABASE_URL,
-DATABASE_URL_SYNC, REDIS_URL and CELERY_BROKER_URL are set here (and CELERY_RESULT_BACKEND if it is
-used). Everything else is the user's, from the environment or `config.env`. Only where the user has
-set nothing do values differ from the service's defaults: the mock takes 1-2 seconds
-(REPLICATE_MOCK_DELAY_MIN, _MAX) and never fails (REPLICATE_MOCK_FAILURE_RATE), since a first
-picture must not fail by design, and STORAGE_BASE_URL names the port that the API has.
+DATABASE_URL_SYNC, REDIS_URL and CELERY_BROKER_URL are set here. Everything else is the user's, from
+the environment or `config.env`. Only where the user has set nothing do values differ from the
+service's defaults: the mock takes 1-2 seconds (REPLICATE_MOCK_DELAY_MIN, _MAX) and never fails
+(REPLICATE_MOCK_FAILURE_RATE), since a first picture must not fail by design, and STORAGE_BASE_URL
+names the port that the API has.
 """
 
 import argparse
@@ -145,8 +145,6 @@ def _environment(settings: Settings, postgres: Postgres, valkey: Valkey) -> dict
         "PYTHONUNBUFFERED": "1",
     }
     chosen = settings.model_fields_set
-    if "celery_result_backend" in chosen:
-        environment["CELERY_RESULT_BACKEND"] = valkey.url
     if not {"replicate_mock_delay_min", "replicate_mock_delay_max"} & chosen:
         environment |= {"REPLICATE_MOCK_DELAY_MIN": "1", "REPLICATE_MOCK_DELAY_MAX": "2"}
     if "replicate_mock_failure_rate" not in chosen:
