@@ -9,9 +9,12 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
-# What they say at INFO we say ourselves, with more context and without query strings.
+# What they say at INFO we say ourselves, with more context and without query strings; at DEBUG
+# Replicate's client and what is below it tell whole inputs and headers.
 QUIET = (
+    "replicate",
     "httpx",
+    "httpcore",
     "uvicorn.access",
     "celery.worker.strategy",
     "celery.app.trace",
