@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -13,6 +14,8 @@ from app.providers.replicate import ReplicateProvider
 
 REDIS_TIMEOUT_SECONDS = 1.0
 
+log = structlog.get_logger(__name__)
+
 
 def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) -> Provider:
     """Return the mock for the demonstration token, Replicate for any other.
@@ -22,11 +25,14 @@ def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) 
     if settings.is_mock:
         from app.providers.mock import MockProvider  # draws: a tenth of a second of imports
 
+        # A warning: an empty or missing token is enough to get pictures that nobody wanted.
+        log.warning("provider_chosen", provider=MockProvider.name)
         return MockProvider(
             settings.replicate_mock_delay_min,
             settings.replicate_mock_delay_max,
             settings.replicate_mock_failure_rate,
         )
+    log.info("provider_chosen", provider=ReplicateProvider.name)
     return ReplicateProvider(
         settings.replicate_api_token.get_secret_value(),
         settings.replicate_base_url,
