@@ -189,7 +189,10 @@ class JobView(BaseModel):
     completed_at: datetime | None = Field(description="When it ended, in whichever way.")
     retry_count: int = Field(description="Attempts after the first one.")
     next_attempt_at: datetime | None = Field(description="When the due retry comes.")
-    error_code: str | None
+    error_code: str | None = Field(
+        description="Why it failed, or why its last try did not get on: docs/errors.md tells what"
+        " each code means, and whether anything was paid."
+    )
     error_message: str | None = Field(description="The last error; null when there is none.")
     result_url: str | None = Field(
         description="The first output; null until completed, and again when it is deleted."
