@@ -47,6 +47,7 @@ class Services:
     parameters: ParameterChecker
     dispatcher: Dispatcher
     redis: Redis
+    broker: Redis  # the same one, unless CELERY_BROKER_URL names another
     webhooks: WebhookVerifier
     reports: SingleFlight[ReportKey, None]
 
@@ -71,6 +72,8 @@ async def open_services(
     storage = _create_storage(settings)
     engine = create_engine(settings)
     redis = _create_redis(settings.redis_url)
+    has_own_broker = settings.broker_url != settings.redis_url
+    broker = _create_redis(settings.broker_url) if has_own_broker else redis
     repository = JobRepository(create_sessions(engine))
     parameters = ParameterChecker(provider.input_schema)
     webhooks = WebhookVerifier(settings.webhook_secrets, provider.webhook_secret)
@@ -86,6 +89,7 @@ async def open_services(
             parameters=parameters,
             dispatcher=dispatcher,
             redis=redis,
+            broker=broker,
             webhooks=webhooks,
             reports=SingleFlight(REPORTS_REMEMBERED),
         )
@@ -94,6 +98,7 @@ async def open_services(
         await parameters.aclose()
         await provider.aclose()
         await redis.aclose()
+        await broker.aclose()
         await engine.dispose()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from app import __version__
 from app.api.deps import Services
+from app.errors import StorageError
 
 SERVICE = "fleek-media-service"
 TIMEOUT_SECONDS = 2.0
@@ -54,8 +55,8 @@ class DetailedHealthView(BaseModel):
     """The process and what it depends on."""
 
     status: Literal["healthy", "degraded", "unhealthy"] = Field(
-        description="unhealthy: the database or the storage is away. degraded: Redis or every"
-        " worker is; jobs are accepted and wait."
+        description="unhealthy: the database or the storage is away. degraded: Redis (that of"
+        " `REDIS_URL` or the broker) or every worker is; jobs are accepted and wait."
     )
     service: str = SERVICE
     version: str = __version__
@@ -67,7 +68,7 @@ async def measure_health(app: Services) -> DetailedHealthView:
     """Ask every dependency; takes `TIMEOUT_SECONDS` at most."""
     (database, _), (redis, _), (storage, _), (alive, count) = await asyncio.gather(
         _measured("database", app.repository.check()),
-        _measured("redis", app.redis.ping()),
+        _measured("redis", _ping(app)),
         _measured("storage", app.storage.check()),
         _measured("workers", _living_workers(app)),
     )
@@ -76,6 +77,10 @@ async def measure_health(app: Services) -> DetailedHealthView:
     )
     checks = ChecksView(database=database, redis=redis, storage=storage, workers=workers)
     return DetailedHealthView(status=_overall(checks), timestamp=datetime.now(UTC), checks=checks)
+
+
+async def _ping(app: Services) -> None:
+    await asyncio.gather(*(server.ping() for server in {app.redis, app.broker}))
 
 
 async def _living_workers(app: Services) -> int:
@@ -89,9 +94,10 @@ async def _measured(name: str, check: Awaitable[T]) -> tuple[CheckView, T | None
     try:
         result = await asyncio.wait_for(check, TIMEOUT_SECONDS)
     except Exception as error:
-        # Whatever it is, it makes the dependency unhealthy; its text stays in the house.
+        # Whatever it is, it makes the dependency unhealthy; only our own texts hold no secrets.
         status = "unhealthy"
-        log.warning("health_check_failed", check=name, error=type(error).__name__)
+        reason = str(error) if isinstance(error, StorageError) else type(error).__name__
+        log.warning("health_check_failed", check=name, error=reason)
     latency_ms = round((time.perf_counter() - started_at) * 1000, 1)
     return CheckView(status=status, latency_ms=latency_ms), result
 

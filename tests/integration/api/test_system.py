@@ -86,6 +86,13 @@ class TestDetailedHealth:
         assert response.json()["checks"]["database"]["status"] == "healthy"
         assert "secret-word" not in response.text
 
+    async def test_no_broker_is_degraded(self, settings: Settings, open_client: OpenClient) -> None:
+        away = settings.model_copy(update={"celery_broker_url": "redis://127.0.0.1:1/0"})
+        async with open_client(away) as client:
+            response = await client.get("/health/detailed")
+        assert (response.status_code, response.json()["status"]) == (200, "degraded")
+        assert response.json()["checks"]["redis"]["status"] == "unhealthy"
+
     async def test_no_database_is_unhealthy(
         self, settings: Settings, open_client: OpenClient
     ) -> None:
@@ -99,12 +106,14 @@ class TestDetailedHealth:
             assert inner not in response.text
 
     async def test_no_storage_is_unhealthy(
-        self, client: httpx2.AsyncClient, settings: Settings
+        self, client: httpx2.AsyncClient, settings: Settings, caplog: pytest.LogCaptureFixture
     ) -> None:
         (settings.storage_path / ".incoming").rmdir()
         response = await client.get("/health/detailed")
         assert (response.status_code, response.json()["status"]) == (503, "unhealthy")
         assert response.json()["checks"]["storage"]["status"] == "unhealthy"
+        assert "No such file or directory" in caplog.text
+        assert "No such file" not in response.text
 
     async def test_silent_servers_are_given_up_in_time(
         self, settings: Settings, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
