@@ -97,7 +97,7 @@ def check_job(client: httpx.Client, report: Report) -> None:
     path = f"/api/v1/jobs/{cancelled['id']}"
     report.check("DELETE refuses a job that has ended", refused, client, 409, "DELETE", path)
     report.check("The download says why there is none", expect_no_download, client, cancelled)
-    report.check("There is no metadata", refused, client, 404, "GET", f"{path}/metadata")
+    report.check("There is no metadata", refused, client, 409, "GET", f"{path}/metadata")
     report.check("The first job can be cancelled too", cancel, client, job)
 
 

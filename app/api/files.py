@@ -16,11 +16,12 @@ from starlette.exceptions import HTTPException
 
 from app.api.conditions import RangeNotSatisfiable, is_match, none_match, single_range
 from app.api.deps import App, Services
+from app.api.jobs import check_completed
 from app.api.problems import problem_responses
 from app.api.recent import KnownFile
 from app.config import Settings
-from app.errors import FileDeleted, JobNotFound, JobNotReady
-from app.jobs.models import JobStatus, Output
+from app.errors import FileDeleted, JobNotFound
+from app.jobs.models import Output
 from app.storage.base import THUMBNAIL_SIZES, Storage, media_key
 
 # Up to this size one read and one message cost least (measured: a third of any streaming);
@@ -67,11 +68,7 @@ class ThumbnailSize(IntEnum):
 )
 async def download(job_id: UUID, request: Request, app: App) -> Response:
     """Return the file as an attachment; supports `Range` and `If-None-Match`."""
-    job = await app.repository.get(job_id)
-    if job is None:
-        raise JobNotFound("There is no such job.")
-    if job.status is not JobStatus.COMPLETED:
-        raise JobNotReady(f"The job is {job.status}: it has no file to download.")
+    await check_completed(app, job_id)
     outputs = (await app.repository.outputs([job_id])).get(job_id)
     if not outputs:
         raise JobNotFound("The job has no outputs.")

@@ -12,7 +12,7 @@ from app.api.cursors import decode_cursor, encode_cursor
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.api.schemas import AttemptView, JobsQuery, JobView
-from app.errors import FileDeleted, InvalidInput, JobNotFound
+from app.errors import FileDeleted, InvalidInput, JobNotFound, JobNotReady
 from app.jobs.cancellation import cancel_job
 from app.jobs.models import DeletionKind, Job, JobStatus
 from app.storage.base import metadata_key
@@ -73,18 +73,28 @@ async def list_jobs(
             "description": "The stored document, byte for byte.",
             "content": {"application/json": {"schema": {"type": "object"}}},
         },
-        **problem_responses(404, 410, 422, 503),
+        **problem_responses(404, 409, 410, 422, 503),
     },
 )
 async def metadata(job_id: UUID, app: App) -> Response:
     """Return the JSON beside the picture: every parameter, the model's version, the files."""
+    await check_completed(app, job_id)
+    if await app.repository.deleted_at(job_id, DeletionKind.METADATA):
+        raise FileDeleted("The metadata was kept for its time, and deleted.")
     try:
         chunks = [chunk async for chunk in app.storage.read(metadata_key(job_id))]
     except FileNotFoundError:
-        if await app.repository.deleted_at(job_id, DeletionKind.METADATA):
-            raise FileDeleted("The metadata was kept for its time, and deleted.") from None
-        raise JobNotFound("There is no metadata for this job (yet).") from None
+        raise JobNotFound("The metadata is no longer in the storage.") from None
     return Response(b"".join(chunks), media_type="application/json")
+
+
+async def check_completed(app: Services, job_id: UUID) -> None:
+    """Return only if the job has files. Raises: JobNotFound, JobNotReady."""
+    job = await app.repository.get(job_id)
+    if job is None:
+        raise JobNotFound("There is no such job.")
+    if job.status is not JobStatus.COMPLETED:
+        raise JobNotReady(f"The job is {job.status}: it has no files.")
 
 
 @router.get(

@@ -2,14 +2,16 @@
 
 import hashlib
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx2
 import pytest
 
 from app.api.deps import Services
+from app.jobs.models import DeletionKind
 from app.storage.base import metadata_key
 from tests.integration.api.conftest import Jobs, problem_of
 
@@ -184,24 +186,54 @@ def next_page(response: httpx2.Response) -> str | None:
     return match.group(1) if match else None
 
 
+Store = Callable[[UUID, bytes], Awaitable[None]]
+
+
 class TestMetadata:
+    @pytest.fixture
+    def store(self, services: Services, tmp_path: Path) -> Store:
+        """Put a document into the storage as the metadata of a job."""
+
+        async def store(job_id: UUID, document: bytes) -> None:
+            file = tmp_path / "document"
+            file.write_bytes(document)
+            await services.storage.put(metadata_key(job_id), file)
+
+        return store
+
     async def test_is_byte_for_byte_what_lies_in_storage(
-        self, client: httpx2.AsyncClient, services: Services, jobs: Jobs, tmp_path: Path
+        self, client: httpx2.AsyncClient, jobs: Jobs, store: Store
     ) -> None:
         job = await jobs.completed()
         stored = b'{ "width":512,\n\n"seed":1e3 , "prompt" : "\\u00e9 \xc3\xa9" }\n'
-        file = tmp_path / "document"
-        file.write_bytes(stored)
-        await services.storage.put(metadata_key(job.id), file)
+        await store(job.id, stored)
         response = await client.get(f"/api/v1/jobs/{job.id}/metadata")
         assert response.status_code == 200
         assert response.content == stored
         assert response.headers["content-type"] == "application/json"
 
-    async def test_is_404_before_it_exists(self, client: httpx2.AsyncClient, jobs: Jobs) -> None:
-        job = await jobs.pending()
-        problem_of(await client.get(f"/api/v1/jobs/{job.id}/metadata"), 404)
-        problem_of(await client.get(f"/api/v1/jobs/{uuid4()}/metadata"), 404)
+    async def test_a_job_that_has_not_completed_has_none_whatever_lies_there(
+        self, client: httpx2.AsyncClient, jobs: Jobs, store: Store
+    ) -> None:
+        job = await jobs.failed()
+        await store(job.id, b"{}")
+        problem = problem_of(await client.get(f"/api/v1/jobs/{job.id}/metadata"), 409)
+        assert "failed" in problem["detail"]
+
+    async def test_an_unknown_or_a_lost_one_is_404(
+        self, client: httpx2.AsyncClient, jobs: Jobs
+    ) -> None:
+        job = await jobs.completed()
+        for job_id in (uuid4(), job.id):
+            problem_of(await client.get(f"/api/v1/jobs/{job_id}/metadata"), 404)
+
+    async def test_a_deleted_one_is_410_though_the_file_is_still_there(
+        self, client: httpx2.AsyncClient, services: Services, jobs: Jobs, store: Store
+    ) -> None:
+        job = await jobs.completed()
+        await store(job.id, b"{}")
+        await services.repository.mark_deleted(DeletionKind.METADATA, 0, 10)
+        problem_of(await client.get(f"/api/v1/jobs/{job.id}/metadata"), 410)
 
     async def test_malformed_id(self, client: httpx2.AsyncClient) -> None:
         wrong: Any = problem_of(await client.get("/api/v1/jobs/nope/metadata"), 422)
