@@ -70,7 +70,8 @@ class AnswerRecent:
     async def _known(self, scope: Scope) -> Response | None:
         if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
             return None
-        file = scope["app"].state.services.recent.get(scope["path"])
+        services = scope["app"].state.services
+        file = services.recent.get(scope["path"])
         if file is None or any(name == b"origin" for name, _ in scope["headers"]):
             return None
         try:
@@ -78,4 +79,7 @@ class AnswerRecent:
         except (AppError, HTTPException, StorageError):
             return None
         response.headers["X-Request-ID"] = request_id(scope)
+        if services.settings.cors_origin_list:
+            # Or a browser's cache would answer another origin's script with it.
+            response.headers["Vary"] = "Origin"
         return response

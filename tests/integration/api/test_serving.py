@@ -143,6 +143,7 @@ class TestAskedAgain:
             for _ in range(2):
                 response = await client.get(url, headers={"Origin": "https://a.example"})
                 assert response.headers["access-control-allow-origin"] == "https://a.example"
+                assert (await client.get(url)).headers["vary"] == "Origin"
 
 
 def _comparable(response: httpx2.Response) -> tuple[object, ...]:
@@ -323,6 +324,7 @@ class TestBehindNginx:
             "REDIS_URL": settings.redis_url,
             "STORAGE_PATH": str(settings.storage_path),
             "X_ACCEL_PREFIX": "/internal-media",
+            "CORS_ORIGINS": "https://a.example",
         }
         async with running(jobs_app):
             with Service(environment, tmp_path) as service:
@@ -358,11 +360,15 @@ class TestBehindNginx:
                     "accept-ranges": "bytes",
                     "x-content-type-options": "nosniff",
                     "content-security-policy": "sandbox; default-src 'none'",
+                    "vary": "Origin",
                 }
                 assert {name: whole.headers.get(name) for name in expected} == expected
                 assert "last-modified" not in whole.headers
                 assert "x-accel-redirect" not in whole.headers
                 assert whole.headers["x-request-id"]
+            script = client.get(path, headers={"Origin": "https://a.example"})
+            assert script.headers["access-control-allow-origin"] == "https://a.example"
+            assert "ETag" in script.headers["access-control-expose-headers"]
             part = client.get(path, headers={"Range": "bytes=5-9"})
             assert (part.status_code, part.content) == (206, DATA[5:10])
             assert part.headers["content-range"] == f"bytes 5-9/{len(DATA)}"
