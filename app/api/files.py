@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from enum import IntEnum
 from typing import Any
@@ -20,7 +20,7 @@ from app.api.jobs import check_completed
 from app.api.problems import problem_responses
 from app.api.recent import KnownFile
 from app.config import Settings
-from app.errors import FileDeleted, JobNotFound
+from app.errors import FileDeleted, JobNotFound, StorageError
 from app.jobs.models import Output
 from app.storage.base import THUMBNAIL_SIZES, Storage, media_key
 
@@ -216,7 +216,7 @@ async def _file(
     key = media_key(output.name)
     if length > WHOLE_BYTES:
         headers["Content-Length"] = str(length)
-        return StreamingResponse(storage.read(key, start, length), status, headers)
+        return StreamingResponse(_read(storage, key, start, length), status, headers)
     try:
         body = await storage.load(key, start, length)
     except FileNotFoundError:
@@ -224,6 +224,15 @@ async def _file(
     if len(body) != length:
         raise _damaged(output, start + len(body))
     return Response(body, status, headers)
+
+
+async def _read(storage: Storage, key: str, start: int, length: int) -> AsyncIterator[bytes]:
+    """Stream a file that was there a moment ago."""
+    try:
+        async for chunk in storage.read(key, start, length):
+            yield chunk
+    except FileNotFoundError as error:
+        raise StorageError(f"{key} has gone while it was asked for") from error
 
 
 async def _thumbnail(request: Request, app: Services, output: Output, size: int) -> Response:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import AnswerTooLate, AppError, InvalidInput, ServiceUnavailable, StorageError
@@ -113,6 +114,8 @@ class UnexpectedErrors:
 
         try:
             await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            return  # nobody waits for an answer; the request's line in the log has no status
         except Exception as error:
             response = _unexpected(Request(scope), error)
             if not started:
@@ -127,7 +130,7 @@ def _unexpected(request: Request, error: Exception) -> Response:
         log.warning("answer_too_late", path=request.url.path)
         return problem(request, error.status_code, error.detail)
     if isinstance(error, StorageError):
-        log.error("storage_away", error=str(error))
+        log.error("storage_failed", error=str(error))
         return problem(request, 503, _STORAGE_AWAY)
     log.error("unexpected_error", exc_info=error)
     detail = "Something went wrong in the service. The request's id finds it in the logs."

@@ -32,7 +32,7 @@ async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
     look now. What the prediction made is read from the API alone.
     """
     body = await request.body()
-    await _verify(app, body, request)
+    await _verify(app, attempt_id, body, request)
     key = attempt_id, request.headers["webhook-id"]
     await app.reports.do(key, lambda: _take(app, attempt_id, _prediction(body)))
 
@@ -59,13 +59,13 @@ async def _adopt(app: Services, attempt: Attempt, prediction: Prediction) -> Non
         raise ServiceUnavailable("Another prediction of this job is under way.")
 
 
-async def _verify(app: Services, body: bytes, request: Request) -> None:
+async def _verify(app: Services, attempt_id: UUID, body: bytes, request: Request) -> None:
     try:
-        genuine = await app.webhooks.is_genuine(body, request.headers)
+        fault = await app.webhooks.fault(body, request.headers)
     except ProviderError as error:
         raise ServiceUnavailable("The signature cannot be checked right now.") from error
-    if not genuine:
-        log.warning("webhook_refused")
+    if fault:
+        log.warning("webhook_refused", attempt_id=str(attempt_id), reason=fault)
         raise Unauthorized("The signature is missing, wrong or too old.")
 
 

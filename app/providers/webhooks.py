@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
-from standardwebhooks import Webhook
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from app.errors import ProviderError
 
@@ -30,17 +30,24 @@ class WebhookVerifier:
         self._fetched_at = -REFETCH_SECONDS
         self._fetching = asyncio.Lock()
 
-    async def is_genuine(self, body: bytes, headers: Mapping[str, str]) -> bool:
-        """Tell whether the raw body carries a fresh signature with the account's secret.
+    async def fault(self, body: bytes, headers: Mapping[str, str]) -> str | None:
+        """Return why the raw body carries no fresh signature with the account's secret, or None.
 
         Raises: ProviderError when the secret is needed and cannot be fetched.
         """
-        if any(_fits(secret, body, headers) for secret in self._known()):
-            return True
-        if self._configured or "webhook-signature" not in headers:
-            return False
-        await self._refetch()
-        return any(_fits(secret, body, headers) for secret in self._known())
+        fault = self._fault(body, headers)
+        if fault and not self._configured and "webhook-signature" in headers:
+            await self._refetch()
+            fault = self._fault(body, headers)
+        return fault
+
+    def _fault(self, body: bytes, headers: Mapping[str, str]) -> str | None:
+        fault: str | None = "no secret is known"
+        for secret in self._known():
+            fault = _fault(secret, body, headers)
+            if fault is None:
+                return None
+        return fault
 
     def _known(self) -> list[str]:
         return [*self._configured, *([self._fetched] if self._fetched else [])]
@@ -59,13 +66,15 @@ class WebhookVerifier:
                     raise
 
 
-def _fits(secret: str, body: bytes, headers: Mapping[str, str]) -> bool:
+def _fault(secret: str, body: bytes, headers: Mapping[str, str]) -> str | None:
     wanted = ("webhook-id", "webhook-timestamp", "webhook-signature")
     given: dict[str, Any] = {name: headers.get(name, "") for name in wanted}
     try:
         Webhook(secret).verify(body, given, json_parse=False)
-    except Exception:
-        # Besides its own error the library lets through what split() and base64 raise on
-        # garbage. Whatever it is, the signature does not fit.
-        return False
-    return True
+    except WebhookVerificationError as error:
+        return str(error)
+    except Exception as error:
+        # The library lets through what split() and base64 raise on garbage. Whatever it is, the
+        # signature does not fit.
+        return type(error).__name__
+    return None

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,10 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 from app.api.deps import Services
+from app.api.files import WHOLE_BYTES
 from app.config import Settings
 from app.jobs.models import DeletionKind
 from app.jobs.retention import RetentionPolicy, enforce_retention
-from app.storage.base import metadata_key
+from app.storage.base import media_key, metadata_key
 from tests.integration.api.conftest import Jobs, problem_of
 
 DATA = bytes(range(100))
@@ -232,6 +234,28 @@ async def test_a_file_that_was_cut_is_never_sent_as_whole(
     job = await jobs.completed(DATA)
     (settings.storage_path / f"{job.id}.png").write_bytes(DATA[:50])
     problem_of(await client.get(f"/media/{job.id}.png"), 404)
+
+
+async def test_a_large_file_that_goes_while_it_is_asked_for_is_the_storages_failure(
+    client: httpx2.AsyncClient,
+    jobs: Jobs,
+    services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = media_key(f"{(await jobs.completed(bytes(WHOLE_BYTES + 1))).id}.png")
+    size = services.storage.size
+
+    async def size_and_gone(key: str) -> int | None:
+        found = await size(key)
+        await services.storage.delete(key)
+        return found
+
+    monkeypatch.setattr(services.storage, "size", size_and_gone)
+    with suppress(AssertionError):  # what the test's client says of an answer that breaks off
+        await client.get(f"/{key}")
+    assert "database_away" not in caplog.text
+    assert f"{key} has gone while it was asked for" in caplog.text
 
 
 async def test_a_storage_that_fails_is_503(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -11,8 +12,10 @@ from uuid import UUID, uuid4
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
+from starlette.types import Message
 
 from app.api.deps import Services
 from app.config import Settings
@@ -181,6 +184,27 @@ class TestForged:
         headers = signed(report(), age=timedelta(seconds=seconds))
         await self._assert_refused(reporter, report(), headers)
 
+    @pytest.mark.parametrize(
+        ("secret", "age", "reason"),
+        [
+            (OTHER_SECRET, 0, "No matching signature found"),
+            (WEBHOOK_SECRET, 400, "Message timestamp too old"),
+        ],
+    )
+    async def test_the_log_says_why(
+        self,
+        reporter: Reporter,
+        caplog: pytest.LogCaptureFixture,
+        secret: str,
+        age: int,
+        reason: str,
+    ) -> None:
+        await reporter.send(report(), signed(report(), secret, timedelta(seconds=age)))
+        (line,) = [record.msg for record in caplog.records if "webhook_refused" in str(record.msg)]
+        assert isinstance(line, dict)
+        assert line["attempt_id"] == str(reporter.attempt.id)
+        assert line["reason"] == reason
+
     async def test_with_a_changed_body(self, reporter: Reporter) -> None:
         await self._assert_refused(reporter, report("p2"), signed(report("p1")))
 
@@ -198,6 +222,23 @@ class TestForged:
         )
         problem_of(await reporter.send(report("p2")), 401)
         assert (await reporter.reload()).prediction_id == "p1"
+
+
+async def test_a_sender_that_leaves_is_no_error(
+    client: httpx2.AsyncClient, api: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    answers: list[Message] = []
+    path = f"/api/v1/webhooks/replicate/{uuid4()}"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+    await api(scope, leave, send)
+    assert answers == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 class TestBadReports:
