@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Header, Request, Response
 
 from app.api.deps import App, Services
@@ -13,6 +14,7 @@ from app.jobs.repository import NewJob
 
 router = APIRouter(prefix="/api/v1", tags=["jobs"])
 
+log = structlog.get_logger(__name__)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -49,6 +51,7 @@ async def generate(
     warnings = await app.parameters.check(body.model_name, body.parameters)
     new = NewJob(body.prompt, body.model_name, body.parameters, request.state.request_id)
     job = await _add(app, new, idempotency_key)
+    log.info("job_accepted", job_id=str(job.id))
     app.dispatcher.enqueue(job.id)
     response.headers["Location"] = f"/api/v1/status/{job.id}"
     outputs = await app.repository.outputs([job.id]) if job.status.is_terminal else {}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from typing import Any
 from uuid import UUID
 
@@ -250,6 +251,16 @@ async def test_the_request_id_is_stored_with_the_job(
     job = await services.repository.get(UUID(response.json()["id"]))
     assert job is not None
     assert job.request_id == "order-7.a_b"
+
+
+async def test_the_log_ties_the_job_to_its_request(
+    client: httpx2.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "app")
+    response = await client.post(URL, json={"prompt": "x"}, headers={"X-Request-ID": "order-7"})
+    (line,) = [record.msg for record in caplog.records if "job_accepted" in str(record.msg)]
+    assert isinstance(line, dict)
+    assert (line["job_id"], line["request_id"]) == (response.json()["id"], "order-7")
 
 
 async def test_a_hundred_posts_at_once_all_exist(
