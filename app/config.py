@@ -66,12 +66,35 @@ def _origin(value: str) -> str:
     return value
 
 
+def _cors_origins(value: str) -> str:
+    for origin in _listed(value):
+        if not re.fullmatch(r"\*|https?://[^/?#@\sA-Z]+", origin):
+            raise ValueError(
+                "must be origins as browsers write them, without a path or a slash at the end:"
+                " https://www.example.com,http://localhost:3000"
+            )
+    return value
+
+
+def _webhook_secrets(value: SecretStr) -> SecretStr:
+    for secret in _listed(value.get_secret_value()):
+        if not re.fullmatch(r"whsec_[A-Za-z0-9+/]+={0,2}", secret):
+            raise ValueError("must be whsec_ and then base64, several separated by commas")
+    return value
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
 PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 StorageUrl = Annotated[str, AfterValidator(_storage_url)]
 UrlPath = Annotated[str, AfterValidator(_url_path)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 HttpOrigin = Annotated[HttpUrl, AfterValidator(_origin)]
+CorsOrigins = Annotated[str, AfterValidator(_cors_origins)]
+WebhookSecrets = Annotated[SecretStr, AfterValidator(_webhook_secrets)]
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
@@ -99,7 +122,7 @@ class Settings(BaseSettings):
     api_host: str = "0.0.0.0"  # noqa: S104 - the documented default: reachable, as in a container
     api_port: int = Field(8000, ge=1, le=65_535)
     api_debug: bool = False
-    cors_origins: str = ""
+    cors_origins: CorsOrigins = ""
     max_body_bytes: int = Field(1 << 20, ge=1024)
 
     storage_path: Path = Path("./storage/media")
@@ -128,7 +151,7 @@ class Settings(BaseSettings):
     replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)
     replicate_creates_per_minute: float = Field(600, gt=0, le=100_000)
     replicate_calls_per_minute: float = Field(3000, gt=0, le=1_000_000)
-    replicate_webhook_secret: SecretStr = SecretStr("")
+    replicate_webhook_secret: WebhookSecrets = SecretStr("")
     public_base_url: HttpUrl | None = None
     replicate_mock_delay_min: float = Field(2, ge=0, le=3600)
     replicate_mock_delay_max: float = Field(10, ge=0, le=3600)
@@ -163,6 +186,8 @@ class Settings(BaseSettings):
                 "WORKER_LEASE_SECONDS must be at least 3 times WORKER_HEARTBEAT_SECONDS,"
                 " or one late heartbeat takes a living worker's jobs away"
             )
+        if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
+            raise ValueError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together")
         return self
 
     @property
@@ -207,13 +232,12 @@ class Settings(BaseSettings):
     @property
     def cors_origin_list(self) -> list[str]:
         """The comma-separated `CORS_ORIGINS` as a list; empty means no CORS headers."""
-        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+        return _listed(self.cors_origins)
 
     @property
     def webhook_secrets(self) -> list[str]:
         """The comma-separated `REPLICATE_WEBHOOK_SECRET`; empty means fetch the account's."""
-        given = self.replicate_webhook_secret.get_secret_value()
-        return [secret.strip() for secret in given.split(",") if secret.strip()]
+        return _listed(self.replicate_webhook_secret.get_secret_value())
 
     @property
     def webhook_base_url(self) -> str | None:

@@ -41,14 +41,15 @@ FOLLOWING = {
 }
 # Whatever these say can be right.
 FREE = {
-    *("API_HOST", "CORS_ORIGINS", "STORAGE_PATH", "METADATA_PATH"),
-    *("REPLICATE_API_TOKEN", "REPLICATE_WEBHOOK_SECRET"),
+    *("API_HOST", "STORAGE_PATH", "METADATA_PATH", "REPLICATE_API_TOKEN"),
     *("AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
 
 POSTGRES = "must be a PostgreSQL URL: postgresql+asyncpg://user:password@host/name"
 REDIS = "must be a Redis or Valkey URL: redis://host:6379/0"
 HTTP = "must be an http:// or https:// URL"
+ORIGINS = "must be origins as browsers write them"
+SECRETS = "must be whsec_ and then base64"
 STORAGE = "must be s3://bucket, s3://bucket/prefix or file:///folder"
 POSITIVE = "greater than 0"
 DAY = "less than or equal to 86400"
@@ -71,6 +72,9 @@ WRONG = [
     ("API_PORT", "65536", "less than or equal to 65535"),
     ("API_PORT", "http", "valid integer"),
     ("API_DEBUG", "perhaps", "valid boolean"),
+    ("CORS_ORIGINS", "https://a.example/", ORIGINS),
+    ("CORS_ORIGINS", "https://b.example, a.example", ORIGINS),
+    ("CORS_ORIGINS", "https://A.example", ORIGINS),
     ("MAX_BODY_BYTES", "1023", "greater than or equal to 1024"),
     ("STORAGE_BASE_URL", "ftp://u:s3cret@localhost", HTTP),
     ("MAX_OUTPUT_BYTES", "1023", "greater than or equal to 1024"),
@@ -108,6 +112,8 @@ WRONG = [
     ("JOB_DEADLINE_SECONDS", "86401", DAY),
     ("QUEUE_DEADLINE_SECONDS", "0", "greater than 0"),
     ("PUBLIC_BASE_URL", "media.example.com", "must be an http:// or https:// URL"),
+    ("REPLICATE_WEBHOOK_SECRET", "s3cret", SECRETS),
+    ("REPLICATE_WEBHOOK_SECRET", "whsec_c2VjcmV0,whsec_s3cret-", SECRETS),
     ("REPLICATE_CREATES_PER_MINUTE", "0", "greater than 0"),
     ("REPLICATE_CALLS_PER_MINUTE", "-1", "greater than 0"),
     ("STARTING_DEADLINE_SECONDS", "4", "greater than or equal to 5"),
@@ -255,6 +261,14 @@ class TestWrongValues:
                 {"WORKER_HEARTBEAT_SECONDS": "5", "WORKER_LEASE_SECONDS": "14.9"},
                 "WORKER_LEASE_SECONDS must be at least 3 times WORKER_HEARTBEAT_SECONDS",
             ),
+            (
+                {"AWS_ACCESS_KEY_ID": "fleek"},
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together",
+            ),
+            (
+                {"AWS_SECRET_ACCESS_KEY": "change-me"},
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together",
+            ),
         ],
     )
     def test_that_contradict_each_other_are_refused(
@@ -345,6 +359,14 @@ class TestValues:
 
         assert settings.cors_origin_list == ["https://a.example", "http://localhost:3000"]
         assert Settings().cors_origin_list == []
+
+    def test_any_origin_may_be_allowed(self) -> None:
+        assert Settings(cors_origins="*").cors_origin_list == ["*"]
+
+    def test_webhook_secrets_are_separated_by_commas(self) -> None:
+        settings = Settings(replicate_webhook_secret="whsec_c2VjcmV0, whsec_c2VjcmV0cw==")
+
+        assert settings.webhook_secrets == ["whsec_c2VjcmV0", "whsec_c2VjcmV0cw=="]
 
     @pytest.mark.parametrize(("token", "is_mock"), [(MOCK_TOKEN, True), ("r8_real", False)])
     def test_the_token_chooses_the_provider(self, token: str, is_mock: bool) -> None:
