@@ -33,6 +33,8 @@ def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) 
             settings.replicate_mock_failure_rate,
         )
     log.info("provider_chosen", provider=ReplicateProvider.name)
+    if settings.public_base_url and not settings.webhook_base_url:
+        log.warning("webhooks_off", reason="PUBLIC_BASE_URL is not https")
     return ReplicateProvider(
         settings.replicate_api_token.get_secret_value(),
         settings.replicate_base_url,

@@ -17,3 +17,12 @@ async def test_the_choice_is_logged(token: str, name: str, level: str) -> None:
     await provider.aclose()
     assert provider.name == name
     assert logged == [{"event": "provider_chosen", "provider": name, "log_level": level}]
+
+
+async def test_an_address_without_tls_is_warned_of() -> None:
+    settings = Settings(
+        _env_file=None, replicate_api_token="r8_secret", public_base_url="http://media.example.com"
+    )
+    with capture_logs() as logged:
+        await create_provider(settings).aclose()
+    assert [line["event"] for line in logged] == ["provider_chosen", "webhooks_off"]
