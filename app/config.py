@@ -175,6 +175,7 @@ class Settings(BaseSettings):
     sweep_interval_seconds: float = Field(1, gt=0, le=60)
     poll_interval_seconds: float = Field(1, gt=0, le=60)
 
+    flower_port: int = Field(5555, ge=1, le=65_535)
     log_level: LogLevel = "INFO"
 
     @model_validator(mode="after")

@@ -82,15 +82,15 @@ def _fail(sentence: str) -> int:
 def _run(prompt: str, *, once: bool) -> int:
     begun_at = time.monotonic()
     settings = get_settings()
-    flower_port = _flower_port()
     _check_port(settings.api_port, "the API", "API_PORT")
-    _check_port(flower_port, "Flower", "FLOWER_PORT")
+    _check_port(settings.flower_port, "Flower", "FLOWER_PORT")
     with ExitStack() as stack:
-        running = _start(stack, settings, flower_port)
+        running = _start(stack, settings)
         _wait_for(running, "API", f"{running.api_url}/health")
         console.print(f"Serving after {time.monotonic() - begun_at:.1f} s.")
         # Only now: on a small machine it would keep the API and the worker waiting for a processor.
-        _launch(running, "Flower", *CELERY, "flower", f"--address={HOST}", f"--port={flower_port}")
+        flower = ("flower", f"--address={HOST}", f"--port={settings.flower_port}")
+        _launch(running, "Flower", *CELERY, *flower)
         job = _generate(running, prompt)
         _wait_for(running, "Flower", running.flower_url)
         _report(job, settings, running)
@@ -98,13 +98,6 @@ def _run(prompt: str, *, once: bool) -> int:
             console.print("Ctrl-C stops everything; jobs and pictures stay.")
             _serve(running)
         return 0 if job.get("status") == "completed" else 1
-
-
-def _flower_port() -> int:
-    port = os.environ.get("FLOWER_PORT") or "5555"
-    if not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ServerError("FLOWER_PORT must be a port number between 1 and 65535.")
-    return int(port)
 
 
 def _check_port(port: int, user: str, setting: str) -> None:
@@ -116,7 +109,7 @@ def _check_port(port: int, user: str, setting: str) -> None:
         time.sleep(0.1)
 
 
-def _start(stack: ExitStack, settings: Settings, flower_port: int) -> Running:
+def _start(stack: ExitStack, settings: Settings) -> Running:
     """Start everything; the stack stops it, and is deaf to a second Ctrl-C while it does."""
     console.print("Starting PostgreSQL and Valkey ...")
     postgres = stack.enter_context(Postgres(DATA / "postgres"))
@@ -125,7 +118,7 @@ def _start(stack: ExitStack, settings: Settings, flower_port: int) -> Running:
     _note_urls(environment)
     _migrate(environment)
     console.print("Starting the API, a worker and Flower ...")
-    urls = (f"http://{HOST}:{port}" for port in (settings.api_port, flower_port))
+    urls = (f"http://{HOST}:{port}" for port in (settings.api_port, settings.flower_port))
     running = Running((postgres, valkey), {}, environment, *urls)
     stack.callback(_stop, running.programs)
     web = ("--host", HOST, "--port", str(settings.api_port), "--timeout-graceful-shutdown", "3")

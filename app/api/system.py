@@ -32,14 +32,6 @@ ENDPOINTS = {
     "openapi": "GET /openapi.json",
 }
 
-MONITORING = {
-    "flower": "http://localhost:5555",
-    "health": "/health",
-    "health_detailed": "/health/detailed",
-    "metrics": "/metrics",
-    "docs": "/docs",
-}
-
 router = APIRouter(tags=["system"])
 
 
@@ -106,7 +98,13 @@ async def info(app: App) -> dict[str, Any]:
         "version": __version__,
         "configuration": _configuration(app.settings),
         "endpoints": ENDPOINTS,
-        "monitoring": MONITORING,
+        "monitoring": {
+            "flower": f"http://localhost:{app.settings.flower_port}",
+            "health": "/health",
+            "health_detailed": "/health/detailed",
+            "metrics": "/metrics",
+            "docs": "/docs",
+        },
     }
 
 

@@ -124,6 +124,7 @@ WRONG = [
     ("WORKER_LEASE_SECONDS", "601", "less than or equal to 600"),
     ("SWEEP_INTERVAL_SECONDS", "61", "less than or equal to 60"),
     ("POLL_INTERVAL_SECONDS", "0", POSITIVE),
+    ("FLOWER_PORT", "0", "greater than or equal to 1"),
     ("LOG_LEVEL", "verbose", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
 ]
 

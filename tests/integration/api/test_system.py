@@ -185,7 +185,8 @@ async def test_info_shows_settings_and_nothing_secret(
         update={
             "replicate_api_token": settings.__class__(
                 _env_file=None, replicate_api_token="r8_secret-word"
-            ).replicate_api_token
+            ).replicate_api_token,
+            "flower_port": 5556,
         }
     )
     async with open_client(secretive) as client:
@@ -195,7 +196,7 @@ async def test_info_shows_settings_and_nothing_secret(
     assert body["configuration"]["retries"]["max_retry_attempts"] == 3
     assert body["configuration"]["default_model"] == "black-forest-labs/flux-schnell"
     assert body["endpoints"]["generate"] == "POST /api/v1/generate"
-    assert body["monitoring"]["flower"] == "http://localhost:5555"
+    assert body["monitoring"]["flower"] == "http://localhost:5556"
     for hidden in ("secret-word", "postgresql", "redis://", "fleek123", str(settings.storage_path)):
         assert hidden not in response.text
 
