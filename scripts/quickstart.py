@@ -273,14 +273,22 @@ def _show_lines(job: Job, look: Callable[[Job], Job]) -> Job:
 
 def _report(job: Job, settings: Settings, running: Running) -> None:
     if job.get("status") == "completed":
-        picture = settings.media_directory.resolve() / f"{job['id']}.png"
-        console.print(f"Picture   {picture}")
-        console.print(f"Metadata  {settings.metadata_directory.resolve() / job['id']}.json")
+        console.print(f"Picture   {_place(job, settings)}")
+        if settings.is_storage_local:
+            console.print(f"Metadata  {settings.metadata_directory.resolve() / job['id']}.json")
     else:
         console.print(f"There is no picture: {job.get('error_message') or job['status']}")
     console.print(f"API       {running.api_url}")
     console.print(f"Docs      {running.api_url}/docs")
     console.print(f"Flower    {running.flower_url}")
+
+
+def _place(job: Job, settings: Settings) -> str:
+    """Where the first output lies; its address, where that is a bucket."""
+    url: str = job["outputs"][0]["url"]
+    if not settings.is_storage_local:
+        return url
+    return str(settings.media_directory.resolve() / url.rpartition("/")[2])
 
 
 def _serve(running: Running) -> None:
