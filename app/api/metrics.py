@@ -16,7 +16,7 @@ JSON_TYPES = ("application/json", "application/*", "*/*")
 
 
 class QueueView(BaseModel):
-    """Jobs that wait for a worker."""
+    """Pending jobs: they wait for a worker, or for their next try."""
 
     depth: int
     oldest_age_seconds: float
@@ -53,7 +53,7 @@ def metrics_view(stats: QueueStats) -> MetricsView:
             jobs_by_status=stats.jobs_by_status,
             queue=QueueView(
                 depth=stats.jobs_by_status["pending"],
-                oldest_age_seconds=stats.oldest_due_age_seconds,
+                oldest_age_seconds=stats.oldest_pending_age_seconds,
             ),
             workers=WorkersView(alive=stats.workers, slots=stats.worker_slots),
         ),
@@ -108,7 +108,7 @@ class _Snapshot(Collector):
             (
                 "media_queue_oldest_age_seconds",
                 "Age of the oldest pending job.",
-                stats.oldest_due_age_seconds,
+                stats.oldest_pending_age_seconds,
             ),
             ("media_workers", "Workers with a fresh heartbeat.", stats.workers),
             ("media_worker_slots", "Jobs that the living workers can hold.", stats.worker_slots),

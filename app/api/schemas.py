@@ -244,6 +244,7 @@ class AttemptView(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
+    id: UUID = Field(description="What a webhook's address, and the log, call it by.")
     number: int
     provider: str
     model_name: str

@@ -24,13 +24,13 @@ from uuid import UUID
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import clock
 from app.errors import (
     FailureClass,
     LeaseLost,
     ProviderError,
     StorageError,
 )
-from app.jobs import clock
 from app.jobs.charge import charged
 from app.jobs.models import Attempt, Job, JobPhase
 from app.jobs.outputs import DECODERS, OutputKeeper
@@ -162,7 +162,7 @@ class Lifecycle:
             watch.owns(claim.lease)
             with structlog.contextvars.bound_contextvars(
                 job_id=str(job_id),
-                attempt=claim.job.retry_count + 1,
+                attempt=claim.attempt.number if claim.attempt else None,
                 request_id=claim.job.request_id,
             ):
                 return await self._run_claimed(claim, turn)
@@ -236,6 +236,7 @@ class Lifecycle:
         intended_at = clock.now()
         attempt = await self._beginnings.begin_attempt(claim.lease, self._provider.name, request)
         claim.attempt, claim.job.phase = attempt, JobPhase.SUBMITTING
+        structlog.contextvars.bind_contextvars(attempt=attempt.number)
         creating = self._create(claim.lease, attempt, request, intended_at)
         prediction = await _uninterrupted(creating)
         log.info(
@@ -334,18 +335,20 @@ class Lifecycle:
 
         A job that may have done so before is decoded alone: whoever is counted twice is guilty.
         """
-        is_suspect = claim.job.crash_count > 0
+        crash_count = claim.job.crash_count
+        is_suspect = crash_count > 0
         async with AsyncExitStack() as turns:
             if is_suspect:
                 await turns.enter_async_context(self._suspects)
             for _ in range(DECODERS if is_suspect else 1):
                 await turns.enter_async_context(self._decoders)
-            await self._repository.begin_decoding(claim.lease)
+            await self._repository.begin_decoding(claim.lease, crash_count + 1)
             try:
                 yield
             finally:
                 # Three crashes that never were would fail the job.
-                await _insistently(partial(self._repository.end_decoding, claim.lease))
+                end = self._repository.end_decoding
+                await _insistently(partial(end, claim.lease, crash_count))
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None

@@ -11,8 +11,8 @@ from typing import Literal
 
 import structlog
 
+from app import clock
 from app.errors import FailureClass, ProviderError
-from app.jobs import clock
 from app.jobs.models import Attempt, Charged, JobPhase
 from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Settlement
 from app.providers.base import (
@@ -198,7 +198,7 @@ class Reconciler:
             "provider_outcome_pending",
             "A prediction of this input is listed under another model's name.",
         )
-        has_twin = await self._repository.has_twin(attempt, of_any_model=True)
+        has_twin = await self._repository.has_twin(attempt)
         if has_twin and age.seconds < self._policy.deadline_seconds:
             raise doubt
         raise self._unprovable(attempt, doubt)

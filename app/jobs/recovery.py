@@ -5,7 +5,6 @@ them may run in any number of workers at once: every write is guarded or skips l
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -13,6 +12,7 @@ from uuid import UUID
 
 import structlog
 
+from app import clock
 from app.errors import FailureClass, ProviderError
 from app.jobs.charge import charged
 from app.jobs.models import Charged
@@ -132,7 +132,8 @@ class Recovery:
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
         self._broker_answers = True
-        self._unheard_until = 0.0  # of the monotonic clock
+        self._heard_at = clock.now()
+        self._unheard_until = 0.0
         self._cancelled = asyncio.Event()
         self._stopping = asyncio.Semaphore(STOPS_AT_ONCE)
         self._orphans: set[UUID] = set()  # the attempts that are being stopped
@@ -171,14 +172,22 @@ class Recovery:
 
     async def heartbeat(self) -> None:
         """Renew this worker's row, and with it the lease on all of its jobs."""
+        beat_at = clock.now()
+        self._doubt_after_silence()
         try:
             self.living_workers = await self._heartbeats.heartbeat(
                 self._worker_id, self._worker_name, self._concurrency, self._lease_seconds
             )
         except Exception:
-            self._unheard_until = time.monotonic() + self._lease_seconds
+            self._unheard_until = clock.now() + self._lease_seconds
             raise
+        self._heard_at = beat_at
         self.is_known.set()
+
+    def _doubt_after_silence(self) -> None:
+        """Whoever has been silent for a lease itself, asleep say, has not heard the others."""
+        if clock.now() - self._heard_at > self._lease_seconds:
+            self._unheard_until = clock.now() + self._lease_seconds
 
     async def check_leases(self) -> None:
         """Stop runs whose job was cancelled or taken over; free jobs that no run stands behind."""
@@ -199,12 +208,13 @@ class Recovery:
     async def sweep(self) -> None:
         """Finish cancels, fail what is past its deadline, free the jobs of silent workers."""
         await self._repository.finish_cancels()
-        for job_id in await self._repository.expire(BATCH):
-            log.warning("job_expired", job_id=str(job_id))
+        for job_id, code in (await self._repository.expire(BATCH)).items():
+            log.warning("job_expired", job_id=str(job_id), code=code)
         for job_id in await self._repository.fail_poisoned(BATCH):
             log.error("job_poisoned", job_id=str(job_id))
-        if time.monotonic() < self._unheard_until:
-            # The database was away, so nobody was heard: they live until a lease has gone by.
+        self._doubt_after_silence()
+        if clock.now() < self._unheard_until:
+            # The database was away, or we were: all others live until a lease has gone by.
             return
         freed = await self._repository.release_dead(self._lease_seconds)
         if freed:
@@ -296,9 +306,9 @@ class Recovery:
         if removed:
             log.info("leftovers_removed", files=removed)
         for attempt in await self._repository.unstored(AT_RISK_SECONDS, BATCH):
-            log.error(
-                "output_at_risk", job_id=str(attempt.job_id), submitted_at=attempt.submitted_at
-            )
+            at = attempt.submitted_at
+            shown = at.isoformat() if at else None
+            log.error("output_at_risk", job_id=str(attempt.job_id), submitted_at=shown)
 
     async def enforce_retention(self) -> None:
         """Delete what has been kept for its time; see `retention`."""
@@ -314,8 +324,7 @@ class Recovery:
         try:
             await self._try_to_stop(orphan)
         except Exception as error:
-            attempt_id = str(orphan.attempt.id)
-            log.warning("orphan_not_stopped", attempt_id=attempt_id, error=type(error).__name__)
+            log.warning("orphan_not_stopped", **_names(orphan), error=type(error).__name__)
         finally:
             self._orphans.discard(orphan.attempt.id)
 
@@ -326,7 +335,7 @@ class Recovery:
             async with self._stopping:
                 settlement = await self._stopped(orphan, prediction_id)
         except ProviderError as error:
-            log.warning("orphan_not_stopped", attempt_id=str(attempt.id), code=error.code)
+            log.warning("orphan_not_stopped", **_names(orphan), code=error.code)
             settlement = _given_up(orphan, error)
         if settlement is not None:
             await self._repository.settle_orphan(settlement)
@@ -338,7 +347,7 @@ class Recovery:
             prediction = await self._provider.cancel(prediction_id)
             if prediction is None and orphan.age_seconds < ORPHAN_PATIENCE_SECONDS:
                 return None  # the provider may not know yet what it has just made
-            log.info("orphan_stopped", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
+            log.info("orphan_stopped", **_names(orphan))
             return _settled(attempt.id, prediction_id, prediction)
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
             return Settlement(attempt.id, None, "absent", Charged.NO)
@@ -353,6 +362,8 @@ class Recovery:
         seen = await self._provider.find(request, orphan.age_seconds)
         found = [prediction for prediction in seen if of_model(prediction, request)]
         if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
+            if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
+                raise _unknown("A prediction of this input may be another job's.")
             return None  # it may be the other's, and that one is wanted
         for prediction in found:
             if await self._repository.adopt(attempt.id, prediction):
@@ -365,11 +376,15 @@ class Recovery:
     async def _doubt(self, strangers: Sequence[Prediction]) -> None:
         """Raise if one with this input, of another model by its name, belongs to no attempt."""
         if await self._repository.any_unknown(self._provider.name, strangers):
-            raise ProviderError(
-                FailureClass.PERMANENT,
-                "provider_outcome_unknown",
-                "A prediction of this input is listed under another model's name.",
-            )
+            raise _unknown("A prediction of this input is listed under another model's name.")
+
+
+def _unknown(message: str) -> ProviderError:
+    return ProviderError(FailureClass.PERMANENT, "provider_outcome_unknown", message)
+
+
+def _names(orphan: Orphan) -> dict[str, str]:
+    return {"job_id": str(orphan.attempt.job_id), "attempt_id": str(orphan.attempt.id)}
 
 
 def _settled(attempt_id: UUID, prediction_id: str, prediction: Prediction | None) -> Settlement:

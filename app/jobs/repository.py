@@ -151,7 +151,7 @@ class QueueStats:
     """The queue and the workers as of now; ages in seconds."""
 
     jobs_by_status: dict[str, int]
-    oldest_due_age_seconds: float
+    oldest_pending_age_seconds: float
     workers: int
     worker_slots: int
 
@@ -483,17 +483,18 @@ class JobRepository:
             if await session.scalar(query) is None:
                 raise LeaseLost
 
-    async def begin_decoding(self, lease: Lease) -> None:
+    async def begin_decoding(self, lease: Lease, crash_count: int) -> None:
         """Count a crash in advance: decoding a file is what may kill the worker.
 
+        The new count is given, not added to the old: the write may be repeated.
         Raises: LeaseLost.
         """
         async with self._statements() as session:
-            await _expect(session, _guarded(lease).values(crash_count=jobs.crash_count + 1))
+            await _expect(session, _guarded(lease).values(crash_count=crash_count))
 
-    async def end_decoding(self, lease: Lease) -> None:
+    async def end_decoding(self, lease: Lease, crash_count: int) -> None:
         """Take back what `begin_decoding` has counted: the worker lives."""
-        statement = _guarded(lease, cancelling=True).values(crash_count=jobs.crash_count - 1)
+        statement = _guarded(lease, cancelling=True).values(crash_count=crash_count)
         async with self._statements() as session:
             await session.execute(statement)
 
@@ -661,8 +662,8 @@ class JobRepository:
         async with self._statements() as session:
             return (await session.scalars(statement)).all()
 
-    async def expire(self, limit: int) -> Sequence[UUID]:
-        """Fail unfinished jobs that are past their deadline."""
+    async def expire(self, limit: int) -> dict[UUID, str]:
+        """Fail unfinished jobs that are past their deadline; return their error codes."""
         late = jobs.deadline_at <= func.now()
         queued = await self._fail_all(
             and_(late, jobs.started_at.is_(None)),
@@ -671,9 +672,15 @@ class JobRepository:
             "No worker began the job before its deadline.",
         )
         begun = await self._fail_all(
-            late, limit, "deadline_exceeded", "The job did not finish before its deadline."
+            and_(late, jobs.started_at.is_not(None)),
+            limit,
+            "deadline_exceeded",
+            "The job did not finish before its deadline.",
         )
-        return [*queued, *begun]
+        return {
+            **dict.fromkeys(queued, "queue_deadline_exceeded"),
+            **dict.fromkeys(begun, "deadline_exceeded"),
+        }
 
     async def fail_poisoned(self, limit: int) -> Sequence[UUID]:
         """Fail unowned jobs whose worker crashed `MAX_CRASHES` times while decoding them."""
@@ -753,15 +760,16 @@ class JobRepository:
                 for attempt, age_seconds, seed in await session.execute(statement)
             ]
 
-    async def has_twin(self, attempt: Attempt, *, of_any_model: bool = False) -> bool:
-        """Tell whether another create with exactly this input may be under way."""
+    async def has_twin(self, attempt: Attempt) -> bool:
+        """Tell whether another create with exactly this input may be under way.
+
+        Of whatever model: one model has several names, with and without a version.
+        """
         query = select(attempts.id).where(
             attempts.state == AttemptState.INTENT,
             attempts.id != attempt.id,
             attempts.input == attempt.input,
         )
-        if not of_any_model:
-            query = query.where(attempts.model_name == attempt.model_name)
         async with self._statements() as session:
             return await session.scalar(query.limit(1)) is not None
 
@@ -944,6 +952,7 @@ def _found(attempt_id: UUID, prediction: Prediction) -> Any:
             prediction_id=prediction.id,
             version=prediction.version,
             submitted_at=func.now(),
+            stop_at=func.now(),  # should it be an orphan's: now, not when it was to be looked for
             charged=Charged.UNKNOWN,
             outcome=None,
             error_class=None,

@@ -4,14 +4,15 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 from uuid import UUID, uuid4
 
 import pytest
 from structlog.testing import CapturingLogger
 
+from app import clock
 from app.config import Settings
 from app.errors import FailureClass, ProviderError
 from app.jobs import recovery as module
@@ -344,11 +345,26 @@ class TestOutage:
         await worker.recovery.heartbeat()
         await worker.recovery.sweep()
         assert await worker.repository.leases_of(worker.id)
-        worker.recovery._unheard_until = time.monotonic()  # a lease later
+        worker.recovery._unheard_until = clock.now()  # a lease later
         await worker.repository.hand_back(uuid4())
         monkeypatch.setattr(worker.recovery, "_lease_seconds", 0)
         await worker.recovery.sweep()
         assert claim.lease.job_id not in await worker.repository.leases_of(worker.id)
+
+    @pytest.mark.parametrize("first", ["sweep", "heartbeat"])
+    async def test_nor_after_the_machine_has_slept(self, worker: Worker, first: str) -> None:
+        """All on it have been silent then, and beat again soon."""
+        await worker.recovery.heartbeat()
+        job = await worker.repository.add(NewJob("p", "acme/painter", {}), 60)
+        neighbour = uuid4()
+        assert await worker.repository.claim(job.id, neighbour, 60)
+        worker.recovery._heard_at = clock.now() - 31
+        await getattr(worker.recovery, first)()
+        await worker.recovery.sweep()
+        assert job.id in await worker.repository.leases_of(neighbour)
+        worker.recovery._heard_at = worker.recovery._unheard_until = clock.now()  # a lease later
+        await worker.recovery.sweep()
+        assert job.id not in await worker.repository.leases_of(neighbour)
 
 
 async def test_a_worker_is_known_from_its_first_heartbeat(
@@ -406,6 +422,23 @@ class TestOrphans:
         await worker.recovery.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10, known=False) == []
+
+    async def test_it_is_stopped_at_once_when_its_id_comes(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Just after it was looked for in vain."""
+        monkeypatch.setattr(repository_module, "STOP_AGAIN_SECONDS", 60)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        replicate.configure(latency_seconds=30)
+        claim = await worker.claim()
+        attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_lost_orphans()
+        prediction = await worker.provider.create(REQUEST)
+        assert await worker.repository.adopt(attempt.id, prediction)
+        await worker.stop_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
 
     async def test_one_that_never_was_is_given_up_in_time(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -507,20 +540,30 @@ class TestOrphans:
             assert row.state == state
         assert (await worker.provider.get(prediction.id)).status == "canceled"
 
+    @pytest.mark.parametrize("version", ["", f":{'0' * 64}"])
     async def test_the_prediction_of_an_equal_create_is_left_alone(
-        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+        self,
+        worker: Worker,
+        replicate: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        version: str,
     ) -> None:
         """A client cancels a job whose create was lost, and asks for the same again."""
         replicate.configure(latency_seconds=30)
         monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
         cancelled, again = await worker.claim(seed=1), await worker.claim(seed=1)
-        for claim in (cancelled, again):
-            await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        for claim, name in ((cancelled, "acme/painter"), (again, f"acme/painter{version}")):
+            request = replace(REQUEST, model_name=name)
+            await worker.repository.begin_attempt(claim.lease, "replicate", request)
         prediction = await worker.provider.create(REQUEST)  # and its answer is still on its way
         for _ in range(2):
             await worker.repository.cancel(cancelled.job.id)
         await worker.recovery.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status in ("starting", "processing")
+        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
+        await worker.recovery.stop_lost_orphans()
+        [settled] = await worker.repository.attempts(cancelled.job.id)
+        assert (settled.outcome, settled.charged) == ("unknown", Charged.UNKNOWN)
 
     async def test_one_of_our_own_seed_is_found_under_any_model_name(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
@@ -581,6 +624,9 @@ class TestHousekeeping:
         await worker.recovery.remove_strays()
         assert stray.exists()
 
+    def test_long_is_well_before_the_provider_deletes_it(self) -> None:
+        assert module.AT_RISK_SECONDS <= 1800  # of 3600
+
     async def test_an_output_that_waits_long_is_reported(
         self,
         worker: Worker,
@@ -599,6 +645,34 @@ class TestHousekeeping:
         [call] = logged.calls
         assert (call.method_name, call.args) == ("error", ("output_at_risk",))
         assert call.kwargs["job_id"] == str(claim.job.id)
+
+
+DUTIES = (
+    "heartbeat",
+    "check_leases",
+    "sweep",
+    "ring_due",
+    "begin_unrung",
+    "resume_unheard",
+    "stop_lost_orphans",
+    "stop_orphans",
+    "keep_house",
+    "enforce_retention",
+    "remove_strays",
+)
+
+
+async def test_every_duty_is_done_from_the_start(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {name: AsyncMock() for name in DUTIES}
+    for name, duty in done.items():
+        monkeypatch.setattr(worker.recovery, name, duty)
+    duties = asyncio.create_task(worker.recovery.run())
+    async with asyncio.timeout(5):
+        while not all(duty.called for duty in done.values()):
+            await asyncio.sleep(0.02)
+    duties.cancel()
 
 
 async def test_the_duties_survive_failures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

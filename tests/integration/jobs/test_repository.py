@@ -4,6 +4,7 @@ import asyncio
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from app.errors import LeaseLost
@@ -11,6 +12,7 @@ from app.jobs import repository as module
 from app.jobs.models import Charged, Job, JobPhase, JobStatus, Output
 from app.jobs.repository import Claim, JobRepository, NewJob, Settlement
 from app.providers.base import Prediction, PredictionRequest
+from scripts.servers import Postgres
 
 REQUEST = PredictionRequest("a/b", {"prompt": "p", "seed": 1}, 60)
 WORKER = uuid4()
@@ -306,7 +308,7 @@ class TestSweep:
 
     async def test_a_job_that_nobody_begins_in_time_fails(self, repository: JobRepository) -> None:
         late, early = await add(repository, -1), await add(repository)
-        assert await repository.expire(10) == [late]
+        assert await repository.expire(10) == {late: "queue_deadline_exceeded"}
         job = await reload(repository, late)
         assert (job.status, job.error_code) == (JobStatus.FAILED, "queue_deadline_exceeded")
         assert (await reload(repository, early)).status is JobStatus.PENDING
@@ -316,7 +318,7 @@ class TestSweep:
         for job_id, seconds in ((late, -1), (early, 60)):
             assert await repository.claim(job_id, WORKER, seconds)
         await asyncio.sleep(0.5)
-        assert await repository.expire(10) == [late]
+        assert await repository.expire(10) == {late: "deadline_exceeded"}
         assert (await reload(repository, late)).error_code == "deadline_exceeded"
 
     async def test_what_is_late_is_not_begun(self, repository: JobRepository) -> None:
@@ -327,6 +329,27 @@ class TestSweep:
             await repository.begin_attempt(claim.lease, "replicate", REQUEST)
         assert await repository.attempts(claim.job.id) == []
         assert len(await repository.expire(10)) == 2
+
+    async def test_of_many_each_is_told_which_deadline(self, repository: JobRepository) -> None:
+        begun, *queued = [await add(repository, -1 if n else 60) for n in range(3)]
+        assert await repository.claim(begun, WORKER, -1)
+        ended = {**await repository.expire(1), **await repository.expire(1)}
+        late = "queue_deadline_exceeded"
+        assert ended == {begun: "deadline_exceeded", queued[0]: late, queued[1]: late}
+
+    async def test_what_another_looks_at_is_left_for_later(
+        self, repository: JobRepository, postgres: Postgres
+    ) -> None:
+        held, free = [await claimed(repository, uuid4()) for _ in range(2)]
+        with psycopg.connect(postgres.sync_url) as other:
+            other.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", [held.job.id])
+            async with asyncio.timeout(2):
+                assert await repository.release_dead(0) == [free.job.id]
+        with psycopg.connect(postgres.sync_url) as other:
+            assert await repository.release_dead(0) == [held.job.id]
+            other.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", [held.job.id])
+            async with asyncio.timeout(2):
+                assert await repository.due(10) == [free.job.id]
 
     async def test_hand_back_frees_all_and_forgets_the_worker(
         self, repository: JobRepository
@@ -389,9 +412,9 @@ class TestPoison:
         claim = await repository.claim(job_id, uuid4(), 60)
         assert claim is not None
         await repository.begin_storing(claim.lease)
-        await repository.begin_decoding(claim.lease)
+        await repository.begin_decoding(claim.lease, claim.job.crash_count + 1)
         if not decoding:
-            await repository.end_decoding(claim.lease)
+            await repository.end_decoding(claim.lease, claim.job.crash_count)
         await repository.release_dead(60)
 
     async def test_a_job_that_crashes_its_worker_each_time_fails(
@@ -413,6 +436,16 @@ class TestPoison:
             await self.crash(repository, job_id, decoding=False)
         assert await repository.fail_poisoned(10) == []
 
+    async def test_one_that_is_counted_twice_is_one(self, repository: JobRepository) -> None:
+        """As when the answer to the commit is lost."""
+        claim = await claimed(repository)
+        for _ in range(2):
+            await repository.begin_decoding(claim.lease, 1)
+        assert (await reload(repository, claim.job.id)).crash_count == 1
+        for _ in range(2):
+            await repository.end_decoding(claim.lease, 0)
+        assert (await reload(repository, claim.job.id)).crash_count == 0
+
     async def test_a_hand_back_is_no_crash(self, repository: JobRepository) -> None:
         claim = await claimed(repository)
         await repository.begin_storing(claim.lease)
@@ -432,5 +465,5 @@ class TestStats:
             "failed": 0,
             "cancelled": 0,
         }
-        assert 0 < stats.oldest_due_age_seconds < 10
+        assert 0 < stats.oldest_pending_age_seconds < 10
         assert (stats.workers, stats.worker_slots) == (1, 1)
