@@ -400,14 +400,15 @@ class JobsMachine(RuleBasedStateMachine):
 
     def _when_decoding(self, run: Run, *, smooth: bool) -> None:
         """Should the worker die now, it will have been this job's doing."""
-        if self.write(run, self.repository.begin_decoding(run.claim.lease), done=True):
+        beginning = self.repository.begin_decoding(run.claim.lease, run.claim.job.crash_count + 1)
+        if self.write(run, beginning, done=True):
             run.stage = "decoded"
 
     def _when_decoded(self, run: Run, *, smooth: bool) -> None:
         """It was not; but only who has the job may say so."""
         job = self.seen.jobs[run.job_id]
         is_ours = (job["lease_token"], job["status"]) == (str(run.claim.lease.token), "processing")
-        self.do(self.repository.end_decoding(run.claim.lease))
+        self.do(self.repository.end_decoding(run.claim.lease, run.claim.job.crash_count))
         taken_back = job["crash_count"] - self.seen.jobs[run.job_id]["crash_count"]
         assert taken_back == is_ours
         run.stage = "storing"
