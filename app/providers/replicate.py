@@ -9,6 +9,8 @@ import binascii
 import math
 import random
 import re
+import socket
+import struct
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote_to_bytes
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from replicate import (
@@ -104,8 +107,9 @@ class ReplicateProvider:
         self.call_seconds = 2 * timeout_seconds + prefer_wait_seconds
         self._held = 0
         fresh = httpx.Limits(max_connections=CREATE_CONNECTIONS, max_keepalive_connections=0)
-        self._creates = self._client(token, base_url, fresh)
-        self._reads = self._client(token, base_url, httpx.Limits(max_connections=READ_CONNECTIONS))
+        self._creates = self._client(token, base_url, transport=self._over_when_closed(fresh))
+        few = httpx.Limits(max_connections=READ_CONNECTIONS)
+        self._reads = self._client(token, base_url, limits=few, verify=self._tls)
         # Without the token: it goes to the API's own origin only.
         self._files = httpx.AsyncClient(
             timeout=self._timeout, follow_redirects=False, verify=self._tls
@@ -113,17 +117,30 @@ class ReplicateProvider:
         self._authorization = {"Authorization": f"Bearer {token}"}
         self._search = PredictionSearch(self._pages_for_search)
 
-    def _client(self, token: str, base_url: str, limits: httpx.Limits) -> AsyncReplicate:
+    def _over_when_closed(self, limits: httpx.Limits) -> httpx.AsyncHTTPTransport:
+        """Return a transport whose connections send nothing any more once they are closed.
+
+        Linux goes on sending what a closed socket holds for a minute or more, also for a process
+        that was killed: a create would arrive long after we have asked whether it did.
+        """
+        lingering = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        is_direct = proxy_bypass(self._origin.host)
+        # As httpx's own transports do; one that is given does not look for it.
+        proxy = None if is_direct else getproxies().get(self._origin.scheme)
+        return httpx.AsyncHTTPTransport(
+            verify=self._tls, limits=limits, proxy=proxy, socket_options=[lingering]
+        )
+
+    def _client(self, token: str, base_url: str, **connecting: Any) -> AsyncReplicate:
         return AsyncReplicate(
             bearer_token=token,
             base_url=f"{base_url}/v1",
             max_retries=0,  # the package would repeat a create on time-outs and 5xx
             timeout=self._timeout,
             http_client=httpx.AsyncClient(
-                limits=limits,
                 timeout=self._timeout,
                 follow_redirects=False,
-                verify=self._tls,
+                **connecting,
                 event_hooks={"request": [_ask_before_sending]},
             ),
         )

@@ -5,12 +5,12 @@ same pages: that alone would use up the rate of calls that the provider allows.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from app import clock
 from app.errors import FailureClass, ProviderError
 from app.providers.base import Prediction, PredictionRequest, of_model
 
@@ -37,7 +37,7 @@ class _Search:
     def __init__(self, request: PredictionRequest, made_within_seconds: float) -> None:
         self.future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         self._request = request
-        self._since = time.monotonic() - made_within_seconds
+        self._since = clock.now() - made_within_seconds
         self._matches: list[Prediction] = []
         self._input_deleted = self._is_unsure = False
 
@@ -47,7 +47,7 @@ class _Search:
         How long ago we asked for a prediction is known by our clock, when it was made by the
         provider's: the two may differ by any amount.
         """
-        age = timedelta(seconds=time.monotonic() - self._since + MARGIN_SECONDS)
+        age = timedelta(seconds=clock.now() - self._since + MARGIN_SECONDS)
         self._is_unsure |= page.unreadable > 0
         for seen in page.predictions:
             if seen.created_at is not None and seen.created_at < page.answered_at - age:

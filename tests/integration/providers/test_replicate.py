@@ -243,6 +243,19 @@ class TestCreateOnTheWire:
         assert prediction.status == "succeeded"
         assert prediction.output
 
+    async def test_it_goes_through_the_proxy_that_the_environment_names(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        host.reply = answer(prediction_json(), "201 Created")
+        monkeypatch.setenv("http_proxy", host.origin)
+        monkeypatch.setenv("no_proxy", "elsewhere.test")
+        for name in ("api", "elsewhere"):
+            async with new_provider(f"http://{name}.test", timeout_seconds=2) as provider:
+                with suppress(ProviderError):
+                    await provider.create(REQUEST)
+        [head] = host.heads
+        assert head.startswith("POST http://api.test/v1/")
+
     @pytest.mark.parametrize("model", [MODEL, f"{MODEL}:{VERSION}"])
     async def test_it_says_where_to_report(
         self, provider: ReplicateProvider, double: ReplicateServer, model: str
@@ -354,6 +367,21 @@ class TestCreateIsSentOnce:
         assert ledger.requests == {"create": 1}
         assert len(ledger.creates) == 1
 
+    async def test_what_was_not_sent_by_then_never_is(self) -> None:
+        """A host that stood still finds a connection that was reset, and only half a create."""
+        request = PredictionRequest(MODEL, {"prompt": "p" * 500_000}, 60)
+        with socket.socket() as host:
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host.bind(("127.0.0.1", 0))
+            host.listen()
+            origin = f"http://127.0.0.1:{host.getsockname()[1]}"
+            async with new_provider(origin, timeout_seconds=0.4) as provider:
+                error = await failure(provider.create(request))
+            assert error.failure_class is FailureClass.AMBIGUOUS
+            received, is_reset = await asyncio.to_thread(_read_all, host)
+        assert is_reset
+        assert received < 500_000
+
     @pytest.mark.parametrize(
         "reply",
         [
@@ -418,6 +446,20 @@ class TestCreateIsSentOnce:
             for _ in range(3):
                 await provider.create(REQUEST)
         assert len(opened) == 3
+
+
+def _read_all(host: socket.socket) -> tuple[int, bool]:
+    """Accept the connection that waits; return the bytes that came, and whether it was reset."""
+    connection, _ = host.accept()
+    connection.settimeout(5)
+    received = 0
+    with connection:
+        try:
+            while chunk := connection.recv(1 << 16):
+                received += len(chunk)
+        except ConnectionResetError:
+            return received, True
+    return received, False
 
 
 @contextmanager
