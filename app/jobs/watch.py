@@ -13,6 +13,8 @@ from app.providers.base import LOGGED_ID_CHARS, Prediction, Provider
 LONGEST_PAUSE_SECONDS = 30.0
 # From the deadline of a prediction to giving it up, whatever the provider says.
 CANCEL_GRACE_SECONDS = 30.0
+# A call that hangs must not hold up whoever waits for another prediction.
+CANCELS_AT_ONCE = 8
 # The provider may say once that it does not know what it has just made, or a proxy before it may.
 MISSING_SECONDS = 30.0
 
@@ -32,6 +34,7 @@ class _Watch:
     running_since: float | None = None
     overdue_since: float | None = None
     missing_since: float | None = None
+    cancelling: asyncio.Task[None] | None = None
     is_cancelled: bool = False
 
 
@@ -57,6 +60,7 @@ class PredictionWatcher:
         self._running_seconds = running_seconds
         self._watches: dict[str, _Watch] = {}
         self._nudge = asyncio.Event()
+        self._cancels = asyncio.Semaphore(CANCELS_AT_ONCE)
 
     async def wait(self, prediction_id: str) -> Prediction:
         """Return the prediction when it is terminal.
@@ -81,11 +85,15 @@ class PredictionWatcher:
 
     async def run(self) -> None:
         """Poll for ever; cancel the task to end it."""
+        async with asyncio.TaskGroup() as tasks:
+            await self._poll(tasks)
+
+    async def _poll(self, tasks: asyncio.TaskGroup) -> None:
         pause = self._interval_seconds
         while True:
             await self._pause(pause)
             try:
-                await self._look()
+                await self._look(tasks)
                 pause = self._interval_seconds
             except ProviderError as error:
                 pause = min(max(error.retry_after_seconds or 0, 2 * pause), LONGEST_PAUSE_SECONDS)
@@ -101,7 +109,7 @@ class PredictionWatcher:
                 await self._nudge.wait()
         self._nudge.clear()
 
-    async def _look(self) -> None:
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
         if not self._watches:
             return
         for prediction_id, seen in (await self._provider.poll(list(self._watches))).items():
@@ -112,7 +120,7 @@ class PredictionWatcher:
                 self._miss(prediction_id, watch)
             else:
                 watch.missing_since = None
-                await self._judge(seen, watch)
+                self._judge(seen, watch, tasks)
 
     def _miss(self, prediction_id: str, watch: _Watch) -> None:
         now = time.monotonic()
@@ -122,7 +130,7 @@ class PredictionWatcher:
         elif now - watch.missing_since > MISSING_SECONDS:
             self._wake(prediction_id, PredictionNotFound())
 
-    async def _judge(self, prediction: Prediction, watch: _Watch) -> None:
+    def _judge(self, prediction: Prediction, watch: _Watch, tasks: asyncio.TaskGroup) -> None:
         if prediction.is_terminal:
             self._wake(prediction.id, prediction)
             return
@@ -130,9 +138,11 @@ class PredictionWatcher:
         if prediction.status == "processing" and watch.running_since is None:
             watch.running_since = now
         if watch.overdue_since is not None or self._is_overdue(watch, now):
-            await self._end(prediction, watch, now)
+            self._end(prediction, watch, now, tasks)
 
-    async def _end(self, prediction: Prediction, watch: _Watch, now: float) -> None:
+    def _end(
+        self, prediction: Prediction, watch: _Watch, now: float, tasks: asyncio.TaskGroup
+    ) -> None:
         """Cancel an overdue prediction, again until it was heard; then give it up."""
         if watch.overdue_since is None:
             watch.overdue_since = now
@@ -143,16 +153,21 @@ class PredictionWatcher:
             )
         if now - watch.overdue_since > CANCEL_GRACE_SECONDS:
             self._wake(prediction.id, _overdue())
-        elif not watch.is_cancelled:
-            try:
-                await self._provider.cancel(prediction.id)
-                watch.is_cancelled = True
-            except ProviderError as error:
-                log.warning(
-                    "prediction_not_cancelled",
-                    prediction_id=prediction.id[:LOGGED_ID_CHARS],
-                    code=error.code,
-                )
+        elif not watch.is_cancelled and (watch.cancelling is None or watch.cancelling.done()):
+            watch.cancelling = tasks.create_task(self._cancel(prediction.id, watch))
+
+    async def _cancel(self, prediction_id: str, watch: _Watch) -> None:
+        """Never raises: others are being cancelled beside it."""
+        try:
+            async with self._cancels:
+                await self._provider.cancel(prediction_id)
+            watch.is_cancelled = True
+        except Exception as error:
+            log.warning(
+                "prediction_not_cancelled",
+                prediction_id=prediction_id[:LOGGED_ID_CHARS],
+                code=error.code if isinstance(error, ProviderError) else type(error).__name__,
+            )
 
     def _is_overdue(self, watch: _Watch, now: float) -> bool:
         if watch.running_since is None:

@@ -100,6 +100,35 @@ async def test_an_overdue_prediction_is_cancelled_until_it_was_heard(
     assert len(replicate.creates()[0].cancel_calls) == 1
 
 
+async def test_cancels_that_hang_hold_up_nobody(
+    watcher: PredictionWatcher,
+    provider: ReplicateProvider,
+    replicate: ReplicateServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not those that have ended, in the same answer or a later one."""
+    cancelling = []
+
+    async def hanging(prediction_id: str) -> None:
+        cancelling.append(prediction_id)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(provider, "cancel", hanging)
+    replicate.configure(latency_seconds=60)
+    overdue = [await provider.create(REQUEST) for _ in range(watch.CANCELS_AT_ONCE + 2)]
+    waits = [asyncio.create_task(watcher.wait(created.id)) for created in overdue]
+    replicate.configure(latency_seconds=0)
+    watcher._starting_seconds = watcher._running_seconds = 0
+    async with running(watcher):
+        while len(cancelling) < watch.CANCELS_AT_ONCE:
+            await asyncio.sleep(0.02)
+        quick = await provider.create(REQUEST)
+        assert (await watcher.wait(quick.id)).status == "succeeded"
+    assert len(set(cancelling)) == len(cancelling) == watch.CANCELS_AT_ONCE
+    for wait in waits:
+        wait.cancel()
+
+
 async def test_one_that_can_not_be_cancelled_is_given_up(
     watcher: PredictionWatcher,
     provider: ReplicateProvider,
