@@ -36,8 +36,8 @@ log = structlog.get_logger(__name__)
 class ParameterChecker:
     """The input schemas of the models in use, cached, and the check against them.
 
-    `fetch` is `Provider.input_schema`. A schema is kept for an hour; a model without one, or a
-    failed fetch, is asked for again after 30 seconds.
+    `fetch` is `Provider.input_schema`. A schema is kept for an hour, and until there is another; a
+    model without one, or a failed fetch, is asked for again after 30 seconds.
     """
 
     def __init__(self, fetch: FetchSchema, clock: Callable[[], float] = time.monotonic) -> None:
@@ -85,48 +85,54 @@ class ParameterChecker:
         now = self._clock()
         entry = self._entries.get(model_name)
         if entry is None or entry.is_stale(now):
-            entry = self._start(model_name, now)
+            entry = self._start(model_name, now, entry.known if entry else None) or entry
         if entry is None:
             return None
         if not entry.task.done():
             # From the fetch's start: while one hangs, later requests do not wait for it again.
             left = entry.started_at + WAIT_SECONDS - now
             await asyncio.wait({entry.task}, timeout=max(left, 0))
-        return entry.task.result() if entry.task.done() else None
+        return entry.known
 
-    def _start(self, model_name: str, now: float) -> "_Entry | None":
+    def _start(self, model_name: str, now: float, before: Validator | None) -> "_Entry | None":
         """Begin one fetch that every request for the model shares, if not too many are open."""
         if len(self._fetches) >= MAX_FETCHES:
             return None
         self._entries.pop(model_name, None)
         if len(self._entries) >= MAX_MODELS:
             del self._entries[next(iter(self._entries))]
-        task = asyncio.create_task(self._load(model_name), name=f"input-schema {model_name}")
+        loading = self._load(model_name, before)
+        task = asyncio.create_task(loading, name=f"input-schema {model_name}")
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
-        entry = self._entries[model_name] = _Entry(task, now)
+        entry = self._entries[model_name] = _Entry(task, now, before)
         return entry
 
-    async def _load(self, model_name: str) -> Validator | None:
+    async def _load(self, model_name: str, before: Validator | None) -> Validator | None:
         try:
             schema = await self._fetch(model_name)
             return await asyncio.to_thread(_compile, schema) if schema else None
         except Exception as error:
             # Whatever is wrong with the provider or its schema, the model itself is the judge.
             log.warning("input_schema_missing", model=model_name, error=type(error).__name__)
-            return None
+            return before
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     task: asyncio.Task[Validator | None]
     started_at: float
+    before: Validator | None
+
+    @property
+    def known(self) -> Validator | None:
+        return self.task.result() if self.task.done() else self.before
 
     def is_stale(self, now: float) -> bool:
         if not self.task.done():
             return False
-        keep = KEEP_SECONDS if self.task.result() is not None else KEEP_MISS_SECONDS
-        return now >= self.started_at + keep
+        is_new = self.task.result() not in (None, self.before)
+        return now >= self.started_at + (KEEP_SECONDS if is_new else KEEP_MISS_SECONDS)
 
 
 def _compile(schema: dict[str, Any]) -> Validator:

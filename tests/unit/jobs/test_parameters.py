@@ -280,6 +280,26 @@ class TestCache:
         with pytest.raises(InvalidInput):
             await checker.check("a/b", {"width": "x"})
 
+    @pytest.mark.parametrize("hangs", [True, False])
+    async def test_what_was_known_is_while_the_provider_is_away(
+        self, hangs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parameters, "WAIT_SECONDS", 0.05)
+        schemas, clock = Schemas(), Clock()
+        checker = ParameterChecker(schemas.fetch, clock)
+        assert await checker.knows("a/b", "width")
+        clock.now += 3600
+        schemas.answer = RuntimeError("away")
+        if hangs:
+            schemas.gate.clear()
+        assert await checker.knows("a/b", "width")
+        schemas.gate.set()
+        await asyncio.sleep(0)
+        schemas.answer = {"properties": {}}
+        clock.now += 30
+        assert not await checker.knows("a/b", "width")
+        assert len(schemas.fetched) == 3
+
     async def test_concurrent_requests_share_one_fetch(self) -> None:
         schemas = Schemas()
         schemas.gate.clear()
