@@ -76,6 +76,7 @@ GONE = (404, 410)
 NOT_CANCELABLE = (400, 404, 409, 410, 422)
 
 FILE_CHUNK_BYTES = 1 << 16
+FILE_HOST = "replicate.delivery"
 
 # A clock that differs by more from the provider's is plainly wrong.
 CLOCK_DIFFERENCE = timedelta(hours=1)
@@ -110,7 +111,7 @@ class ReplicateProvider:
         self._creates = self._client(token, base_url, transport=self._over_when_closed(fresh))
         few = httpx.Limits(max_connections=READ_CONNECTIONS)
         self._reads = self._client(token, base_url, limits=few, verify=self._tls)
-        # Without the token: it goes to the API's own origin only.
+        # Without the token: it goes to Replicate's own hosts only.
         self._files = httpx.AsyncClient(
             timeout=self._timeout, follow_redirects=False, verify=self._tls
         )
@@ -354,7 +355,7 @@ class ReplicateProvider:
             return
         target = self._allowed(url)
         headers = {"Accept-Encoding": "identity"}
-        if _origin(target) == _origin(self._origin):
+        if _origin(target) == _origin(self._origin) or _is_of_replicate(target):
             headers |= self._authorization
         try:
             async with self._files.stream("GET", target, headers=headers) as response:
@@ -559,6 +560,11 @@ def _input_schema(openapi: dict[str, Any]) -> dict[str, Any] | None:
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     default = {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.host, url.port or default
+
+
+def _is_of_replicate(url: httpx.URL) -> bool:
+    """Tell whether a file is where Replicate keeps them, and asks for the token (its schema)."""
+    return url.scheme == "https" and f".{url.host}".endswith(f".{FILE_HOST}")
 
 
 def _raise_for_file(status: int) -> None:

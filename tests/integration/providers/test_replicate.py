@@ -1127,22 +1127,42 @@ class TestDownload:
         assert note.authorization
         assert note.host == double.origin.removeprefix("http://")
 
-    async def test_another_host_does_not(
-        self, double: ReplicateServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("name", "gets_it"),
+        [
+            ("replicate.delivery", True),
+            ("pbxt.replicate.delivery", True),
+            ("notreplicate.delivery", False),
+            ("replicate.delivery.test", False),
+        ],
+    )
+    async def test_so_does_replicates_host_of_files_and_no_other(
+        self,
+        double: ReplicateServer,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        gets_it: bool,
     ) -> None:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(tmp_path / "authority.pem")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("127.0.0.1").configure_cert(tls)
+        authority.issue_cert(name).configure_cert(tls)
+        look_up = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda _, *more, **given: look_up("127.0.0.1", *more, **given)
+        )
         async with AsyncExitStack() as stack:
-            foreign = await stack.enter_async_context(Host().running(tls))
+            files = await stack.enter_async_context(Host().running(tls))
             provider = await stack.enter_async_context(new_provider(double.origin))
-            assert await fetched(provider, f"{foreign.origin}/x.png") == b"content"
-        [head] = foreign.heads
+            address = files.origin.replace("127.0.0.1", name)
+            assert await fetched(provider, f"{address}/x.png") == b"content"
+        [head] = files.heads
         assert head.startswith("GET /x.png HTTP/1.1")
-        assert "authorization" not in head.lower()
-        assert ReplicateServer.token not in head
+        assert header(head, "authorization") == (
+            f"Bearer {ReplicateServer.token}" if gets_it else None
+        )
 
     async def test_an_unencrypted_address_elsewhere_is_refused_without_a_request(
         self, provider: ReplicateProvider, host: Host
