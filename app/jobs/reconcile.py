@@ -20,7 +20,7 @@ from app.providers.base import (
     Prediction,
     PredictionRequest,
     Provider,
-    of_model,
+    is_of,
 )
 
 # Failures with more than this between them are not taken for one long silence.
@@ -157,7 +157,7 @@ class Reconciler:
         )
         found = await self._find(attempt, request, age)
         for prediction in found:
-            if not of_model(prediction, request):
+            if not is_of(prediction, request):
                 continue
             if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
                 log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
@@ -186,20 +186,19 @@ class Reconciler:
     async def _doubt_strangers(
         self, attempt: Attempt, found: list[Prediction], request: PredictionRequest, age: _Age
     ) -> None:
-        """Raise if one with this very input, that is no job's, is said to be of another model.
+        """Raise if one that may be it, but is not by model or input, is no job's.
 
-        It may be another job's whose create is still under way: then to look again.
+        It may be another job's whose create is still under way: so to look again at first.
         """
-        strangers = [seen for seen in found if not of_model(seen, request)]
+        strangers = [seen for seen in found if not is_of(seen, request)]
         if not await self._repository.any_unknown(self._provider.name, strangers):
             return
         doubt = ProviderError(
             FailureClass.TRANSIENT,
             "provider_outcome_pending",
-            "A prediction of this input is listed under another model's name.",
+            "A prediction is listed that may be this one, and is no other job's.",
         )
-        has_twin = await self._repository.has_twin(attempt)
-        if has_twin and age.seconds < self._policy.deadline_seconds:
+        if age.seconds < self._policy.deadline_seconds:
             raise doubt
         raise self._unprovable(attempt, doubt)
 

@@ -19,7 +19,7 @@ from app.jobs.models import Charged
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
 from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
-from app.providers.base import Prediction, PredictionRequest, Provider, of_model
+from app.providers.base import Prediction, PredictionRequest, Provider, is_of
 from app.storage.base import Storage
 
 BATCH = 500
@@ -360,7 +360,7 @@ class Recovery:
             attempt.model_name, attempt.input, 0, has_own_seed=orphan.has_own_seed
         )
         seen = await self._provider.find(request, orphan.age_seconds)
-        found = [prediction for prediction in seen if of_model(prediction, request)]
+        found = [prediction for prediction in seen if is_of(prediction, request)]
         if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
             if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
                 raise _unknown("A prediction of this input may be another job's.")
@@ -369,14 +369,14 @@ class Recovery:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
-            strangers = [other for other in seen if not of_model(other, request)]
+            strangers = [other for other in seen if not is_of(other, request)]
             await self._doubt(strangers)
         return None
 
     async def _doubt(self, strangers: Sequence[Prediction]) -> None:
-        """Raise if one with this input, of another model by its name, belongs to no attempt."""
+        """Raise if one that may be it, but is not by model or input, belongs to no attempt."""
         if await self._repository.any_unknown(self._provider.name, strangers):
-            raise _unknown("A prediction of this input is listed under another model's name.")
+            raise _unknown("A prediction is listed that may be this one, and is no other job's.")
 
 
 def _unknown(message: str) -> ProviderError:

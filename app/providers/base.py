@@ -81,6 +81,32 @@ def of_model(prediction: Prediction, request: PredictionRequest) -> bool:
     )
 
 
+def may_be(prediction: Prediction, request: PredictionRequest) -> bool:
+    """Tell whether its input can be the one that was sent.
+
+    A prompt with a seed of its own is enough: nothing then depends on how a provider shows the
+    rest. Otherwise all must be as it was sent, but for files: one that was sent as a data URL may
+    be shown under an address.
+    """
+    seen, sent = prediction.input, request.input
+    if request.has_own_seed:
+        return all(seen.get(name) == sent.get(name) for name in ("prompt", "seed"))
+    return seen.keys() == sent.keys() and all(
+        seen[name] == value or _is_file(value) for name, value in sent.items()
+    )
+
+
+def _is_file(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, str) and one.startswith("data:") for one in values)
+
+
+def is_of(prediction: Prediction, request: PredictionRequest) -> bool:
+    """Tell of one that may be it whether it is: made of this very input by this model."""
+    exact = request.has_own_seed or prediction.input == request.input
+    return exact and of_model(prediction, request)
+
+
 def called_off() -> ProviderError:
     """Return the error of a create that `may_send` has stopped: nothing was sent."""
     return ProviderError(
@@ -134,10 +160,10 @@ class Provider(Protocol):
     async def find(
         self, request: PredictionRequest, made_within_seconds: float
     ) -> list[Prediction]:
-        """Return the predictions of this exact input made in the last seconds, oldest first.
+        """Return the predictions that may be it, made in the last seconds, oldest first.
 
-        Of whatever model they are said to be: see `of_model`. An empty list means that the
-        provider has none. Raises: ProviderError when the provider cannot say.
+        See `may_be`, and `is_of` for which are. An empty list means that the provider has none.
+        Raises: ProviderError when the provider cannot say.
         """
         ...
 

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from app import clock
 from app.errors import FailureClass, ProviderError
-from app.providers.base import Prediction, PredictionRequest, of_model
+from app.providers.base import Prediction, PredictionRequest, may_be, of_model
 
 # An answer's own date has whole seconds, and may not come from the clock that dates predictions.
 MARGIN_SECONDS = 60.0
@@ -55,7 +55,7 @@ class _Search:
                 return
             if seen.data_removed:
                 self._input_deleted |= of_model(seen, self._request)
-            elif seen.input == self._request.input:
+            elif may_be(seen, self._request):
                 self._matches.append(seen)
 
     def end(self) -> None:

@@ -420,16 +420,22 @@ class TestLostCreates:
         models = ["acme/other", "acme/painter"]
         assert [made.model for made in replicate.creates()] == models
 
+    @pytest.mark.parametrize(
+        ("model", "image"),
+        [("acme/other", "data:,x"), ("acme/painter", "https://replicate.delivery/x")],
+    )
     async def test_an_equal_prediction_of_nobodys_is_no_proof_of_absence(
-        self, parts: Parts, replicate: ReplicateServer
+        self, parts: Parts, replicate: ReplicateServer, model: str, image: str
     ) -> None:
-        """Replicate does not always name the model that was called."""
-        stranger = PredictionRequest("acme/other", {"prompt": "a lighthouse", "seed": 7}, 60)
+        """Replicate does not always name the model that was called, nor show a file as sent."""
+        shown = {"prompt": "a lighthouse", "seed": 7, "image": image}
         replicate.configure(schemas=False)
         replicate.push_fault("create", "drop")
-        job_id = await parts.add(seed=7)
+        job_id = await parts.add(seed=7, image="data:,x")
         await parts.run(job_id)
-        made = await parts.provider.create(stranger)
+        made = await parts.provider.create(PredictionRequest(model, shown, 60))
+        assert (await parts.run(job_id)).error_code == "provider_outcome_pending"
+        parts.change_reconcile_policy(deadline_seconds=0)
         assert (await parts.run(job_id)).error_code == "provider_outcome_unknown"
         assert [create.id for create in replicate.creates()] == [made.id]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from app.providers.answers import read_prediction
-from app.providers.base import Prediction, PredictionRequest, of_model
+from app.providers.base import Prediction, PredictionRequest, is_of, may_be, of_model
 
 BODY = {"id": "p1", "status": "succeeded"}
 HASH = "5" * 64
@@ -59,3 +59,33 @@ def test_of_which_model(asked: str, model: str, version: str | None, is_it: bool
     seen = Prediction("p1", "starting", model, {}, version=version)
     assert of_model(seen, PredictionRequest(asked, {}, 60)) is is_it
     assert of_model(seen, PredictionRequest(asked, {}, 60, has_own_seed=True))
+
+
+FILE, ADDRESS = "data:image/png;base64,AA==", "https://replicate.delivery/x"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown", "it_may_be"),
+    [
+        ({"n": 1}, {"n": 1}, True),
+        ({"n": 1}, {"n": 2}, False),
+        ({"n": 1}, {"n": 1, "more": 0}, False),
+        ({"n": 1, "image": FILE}, {"n": 1, "image": ADDRESS}, True),
+        ({"n": 1, "image": [FILE]}, {"n": 1, "image": [ADDRESS]}, True),
+        ({"n": 1, "image": FILE}, {"n": 2, "image": ADDRESS}, False),
+        ({"n": 1, "image": ADDRESS}, {"n": 1, "image": f"{ADDRESS}y"}, False),
+    ],
+)
+def test_of_which_input(sent: dict[str, Any], shown: dict[str, Any], it_may_be: bool) -> None:
+    seen = Prediction("p1", "starting", "a/b", shown)
+    request = PredictionRequest("a/b", sent, 60)
+    assert may_be(seen, request) is it_may_be
+    assert is_of(seen, request) is (sent == shown)
+
+
+@pytest.mark.parametrize(("name", "it_is"), [("n", True), ("prompt", False), ("seed", False)])
+def test_with_a_seed_of_its_own_the_rest_may_be_shown_otherwise(name: str, it_is: bool) -> None:
+    sent = {"prompt": "p", "seed": 7, "n": 1}
+    seen = Prediction("p1", "starting", "a/b", {**sent, name: "x", "more": 0})
+    request = PredictionRequest("a/b", sent, 60, has_own_seed=True)
+    assert may_be(seen, request) is it_is
