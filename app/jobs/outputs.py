@@ -31,6 +31,9 @@ MAX_OUTPUTS = 100
 # Decoding is CPU: more at once would only make each of them late.
 DECODERS = 2
 DECODE_MEMORY_BYTES = 120 << 20
+# What a host may say of a file for a moment, and after which pauses it is asked again.
+DOUBTED = ("output_expired", "invalid_output")
+DOUBTS_SECONDS = (2.0, 8.0)
 
 log = structlog.get_logger(__name__)
 
@@ -90,11 +93,28 @@ class OutputKeeper:
         decode = partial(self._decode, decoding, _parameters_text(job, attempt))
         outputs = []
         for index, value in enumerate(values):
-            async with self._downloads:
-                outputs.append(await self._keep_one(job.id, index, value, checkpoint, decode))
+            keep = partial(self._keep_one, job.id, index, value, checkpoint, decode)
+            outputs.append(await self._insistently(keep, value))
         document = metadata_document(job, attempt, prediction, outputs)
         await self._put_metadata(job.id, document, checkpoint)
         return outputs
+
+    async def _insistently(self, keep: Callable[[], Awaitable[Output]], value: Any) -> Output:
+        """Have a file refused by several answers, not by one of its host's bad moments.
+
+        It is paid for, and a refusal is for good.
+        """
+        pauses_seconds = iter(DOUBTS_SECONDS if _is_elsewhere(value) else ())
+        while True:
+            try:
+                async with self._downloads:
+                    return await keep()
+            except ProviderError as error:
+                pause_seconds = next(pauses_seconds, None)
+                if error.code not in DOUBTED or pause_seconds is None:
+                    raise
+                log.warning("output_doubted", code=error.code, pause_seconds=pause_seconds)
+            await asyncio.sleep(pause_seconds)
 
     async def _keep_one(
         self,
@@ -245,6 +265,10 @@ def _parameters_text(job: Job, attempt: Attempt) -> str:
     """Return what a PNG that we make says of itself: the input as sent, seed included."""
     document = {**attempt.input, "prompt": job.prompt, "model_name": job.model_name}
     return json.dumps(document, ensure_ascii=False)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return is_address(value) and not value.startswith("data:")
 
 
 def _media_type(value: Any, head: bytes) -> str:

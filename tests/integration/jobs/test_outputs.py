@@ -24,6 +24,7 @@ import pytest_asyncio
 from PIL import Image
 
 from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
+from app.jobs import outputs
 from app.jobs.models import Attempt, Job, Output
 from app.jobs.outputs import MAX_OUTPUTS, OutputKeeper
 from app.providers.base import Prediction, PredictionRequest, Provider
@@ -154,6 +155,11 @@ def new_keeper(provider: Provider, folder: Path, **options: Any) -> Kept:
     limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS, "deadline_seconds": 10.0}
     keeper = OutputKeeper(provider, storage, **({"concurrency": 4} | limits | options))
     return Kept(keeper, folder / "media", folder / "metadata", provider)
+
+
+@pytest.fixture(autouse=True)
+def _doubts_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "DOUBTS_SECONDS", (0, 0))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -561,16 +567,35 @@ class TestRefused:
         failure_class: FailureClass,
         code: str,
     ) -> None:
-        double.push_fault("download", kind, **fields)
+        double.push_fault("download", kind, times=None, **fields)
         prediction = await provider.create(PredictionRequest("x/y", {"prompt": "p"}, 60))
         error = await kept.refuse(prediction.output)
         assert (error.failure_class, error.code) == (failure_class, code)
+        [create] = double.creates()
+        assert len(create.downloads) == (3 if code in outputs.DOUBTED else 1)
+
+    @pytest.mark.parametrize(
+        ("kind", "fields"),
+        [("html", {}), ("empty", {}), ("truncate", {}), ("status", {"status": 404})],
+    )
+    async def test_a_bad_moment_of_the_host_is_waited_out(
+        self,
+        kept: Kept,
+        double: ReplicateServer,
+        provider: ReplicateProvider,
+        kind: str,
+        fields: dict[str, Any],
+    ) -> None:
+        double.push_fault("download", kind, times=2, **fields)
+        prediction = await provider.create(PredictionRequest("x/y", {"prompt": "p"}, 60))
+        assert await kept.one(prediction.output)
 
     async def test_the_name_promises_a_picture(
         self, kept: Kept, double: ReplicateServer, provider: ReplicateProvider
     ) -> None:
         video = base64.b64encode(b"\x00\x00\x00\x20ftypisom" + bytes(100)).decode()
-        double.push_fault("download", "bytes", body_base64=video, content_type="image/png")
+        given = {"body_base64": video, "content_type": "image/png"}
+        double.push_fault("download", "bytes", times=None, **given)
         prediction = await provider.create(PredictionRequest("x/y", {"prompt": "p"}, 60))
         assert (await kept.refuse(prediction.output)).code == "invalid_output"
 
@@ -635,7 +660,7 @@ class TestBounds:
 
         kept = new_keeper(Endless(0, 0, 0), tmp_path)
         assert (await kept.refuse("https://files/x.png")).code == "invalid_output"
-        assert len(sent) == 1
+        assert len(sent) == 3  # once at each try
 
     async def test_only_so_many_are_downloaded_at_once(self, tmp_path: Path) -> None:
         running: list[int] = []
