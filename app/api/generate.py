@@ -48,8 +48,8 @@ async def generate(
     the model does not know are passed on, and named in `warnings`. With an `Idempotency-Key`
     the request may be repeated until it is answered: there is one job per key, for ever.
     """
-    warnings = await app.parameters.check(body.model_name, body.parameters)
     new = NewJob(body.prompt, body.model_name, body.parameters, request.state.request_id)
+    warnings = await _check(app, new, idempotency_key)
     job = await _add(app, new, idempotency_key)
     log.info("job_accepted", job_id=str(job.id))
     app.dispatcher.enqueue(job.id)
@@ -57,6 +57,17 @@ async def generate(
     outputs = await app.repository.outputs([job.id]) if job.status.is_terminal else {}
     base_url = app.settings.storage_base_url
     return CreatedJobView.of(job, outputs.get(job.id), base_url, warnings=warnings)
+
+
+async def _check(app: Services, new: NewJob, idempotency_key: str | None) -> list[str]:
+    """Return the warnings. Raises: InvalidInput - but for a request that was accepted before."""
+    try:
+        return await app.parameters.check(new.model_name, new.parameters)
+    except InvalidInput:
+        known = await app.repository.with_key(idempotency_key) if idempotency_key else None
+        if known is None or known.fingerprint != new.fingerprint:
+            raise
+        return []
 
 
 async def _add(app: Services, new: NewJob, idempotency_key: str | None) -> Job:

@@ -195,9 +195,14 @@ class JobRepository:
             job = await session.scalar(statement)
         if job is not None:
             return job, True
+        first = await self.with_key(idempotency_key)
+        assert first is not None  # noqa: S101 - jobs are never deleted
+        return first, False
+
+    async def with_key(self, idempotency_key: str) -> Job | None:
+        """Return the job that was made with this key, or None."""
         async with self._statements() as session:
-            query = select(Job).where(jobs.idempotency_key == idempotency_key)
-            return (await session.execute(query)).scalar_one(), False
+            return await session.scalar(select(Job).where(jobs.idempotency_key == idempotency_key))
 
     async def get(self, job_id: UUID) -> Job | None:
         """Return the job, or None."""

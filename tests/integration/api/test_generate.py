@@ -10,7 +10,8 @@ import httpx2
 import pytest
 
 from app.api.deps import Services
-from tests.integration.api.conftest import FakeProvider, problem_of
+from app.config import Settings
+from tests.integration.api.conftest import SCHEMA, FakeProvider, OpenClient, problem_of
 
 URL = "/api/v1/generate"
 
@@ -298,6 +299,19 @@ class TestIdempotencyKey:
         await self.post(client, "a")
         body = problem_of(await self.post(client, "a", prompt="an owl"), 422)
         assert body["errors"][0]["path"] == "header.Idempotency-Key"
+
+    async def test_a_repeat_gets_its_job_though_the_model_refuses_it_by_now(
+        self, settings: Settings, open_client: OpenClient, provider: FakeProvider
+    ) -> None:
+        body = {"prompt": "x", "model_name": "new/model", "parameters": {"width": 1}}
+        headers = {"Idempotency-Key": "a"}
+        async with open_client(settings) as before:
+            first = await before.post(URL, json=body, headers=headers)
+        provider.schemas["new/model"] = SCHEMA
+        async with open_client(settings) as after:
+            again = await after.post(URL, json=body, headers=headers)
+            problem_of(await after.post(URL, json=body, headers={"Idempotency-Key": "b"}), 422)
+        assert (again.status_code, again.json()["id"]) == (201, first.json()["id"])
 
     async def test_a_repeat_shows_how_the_job_stands(self, client: httpx2.AsyncClient) -> None:
         job = (await self.post(client, "a")).json()
