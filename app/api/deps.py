@@ -44,6 +44,7 @@ class Services:
     storage: Storage
     thumbnails: Thumbnails
     recent: RecentFiles
+    provider: Provider
     parameters: ParameterChecker
     dispatcher: Dispatcher
     redis: Redis
@@ -86,6 +87,7 @@ async def open_services(
             storage=storage,
             thumbnails=Thumbnails(storage, settings.max_output_pixels),
             recent=RecentFiles(),
+            provider=provider,
             parameters=parameters,
             dispatcher=dispatcher,
             redis=redis,

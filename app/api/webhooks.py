@@ -1,6 +1,7 @@
 """POST /api/v1/webhooks/replicate/{attempt_id}: the provider rings when a prediction moves."""
 
 import json
+from contextlib import suppress
 from uuid import UUID
 
 import structlog
@@ -9,9 +10,9 @@ from fastapi import APIRouter, Request
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
-from app.jobs.models import Attempt
+from app.jobs.models import Attempt, AttemptState
 from app.providers.answers import read_prediction
-from app.providers.base import Prediction
+from app.providers.base import Prediction, PredictionRequest, may_be
 from app.tasks.wakeups import wake
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])
@@ -41,7 +42,7 @@ async def _take(app: Services, attempt_id: UUID, prediction: Prediction) -> None
     attempt = await app.repository.attempt(attempt_id)
     if attempt is None:
         raise JobNotFound("There is no such attempt.")
-    if not _speaks_of(attempt, prediction):
+    if not await _speaks_of(app, attempt, prediction):
         log.warning("webhook_misdirected", attempt_id=str(attempt_id))
         raise Unauthorized("This report is about another attempt's prediction.")
     if attempt.prediction_id is None:
@@ -53,10 +54,19 @@ async def _adopt(app: Services, attempt: Attempt, prediction: Prediction) -> Non
     if await app.repository.adopt(attempt.id, prediction):
         return
     if not await app.repository.is_known(attempt.provider, prediction.id):
-        # It was called absent, and the job has another by now: the report comes again, and then
-        # it can be stopped.
-        log.error("prediction_unwanted", attempt_id=str(attempt.id))
+        # It was called absent, and the job has another by now. The last report comes again, and
+        # can be written down once the job is over.
+        log.error("prediction_unwanted", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
+        await _stop_unless_wanted(app, attempt, prediction)
         raise ServiceUnavailable("Another prediction of this job is under way.")
+
+
+async def _stop_unless_wanted(app: Services, attempt: Attempt, prediction: Prediction) -> None:
+    """Cancel it if the job's open attempt has one of its own: else it may find this one yet."""
+    others = await app.repository.attempts(attempt.job_id)
+    if any(other.state == AttemptState.SUBMITTED for other in others):
+        with suppress(ProviderError):  # `Cancel-After` bounds what it costs
+            await app.provider.cancel(prediction.id)
 
 
 async def _verify(app: Services, attempt_id: UUID, body: bytes, request: Request) -> None:
@@ -76,8 +86,12 @@ def _prediction(body: bytes) -> Prediction:
         raise InvalidInput("The report is not a prediction.") from error
 
 
-def _speaks_of(attempt: Attempt, prediction: Prediction) -> bool:
+async def _speaks_of(app: Services, attempt: Attempt, prediction: Prediction) -> bool:
     """The signature covers the body, not the address: the two must belong together."""
     if attempt.prediction_id is not None:
         return attempt.prediction_id == prediction.id
-    return attempt.input == prediction.input
+    job = await app.repository.get(attempt.job_id)
+    given = job.parameters.get("seed") if job else None
+    own_seed = attempt.has_own_seed(given)
+    request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
+    return may_be(prediction, request)

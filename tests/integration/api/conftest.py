@@ -40,17 +40,21 @@ WEBHOOK_SECRET = "whsec_dGhlIGFjY291bnQncyBvd24gc2VjcmV0"
 
 
 class FakeProvider:
-    """A provider that knows input schemas and its webhook secret only."""
+    """A provider that knows input schemas and its webhook secret, and notes cancels."""
 
     def __init__(self) -> None:
         self.schemas: dict[str, dict[str, Any]] = {"black-forest-labs/flux-schnell": SCHEMA}
         self.hanging: set[str] = set()
         self.closed = False
+        self.cancelled: list[str] = []
         self.webhook_secrets = [WEBHOOK_SECRET]
 
     async def webhook_secret(self) -> str:
         """The current secret; the next one after each call, if there is one."""
         return self.webhook_secrets.pop(0) if self.webhook_secrets[1:] else self.webhook_secrets[0]
+
+    async def cancel(self, prediction_id: str) -> None:
+        self.cancelled.append(prediction_id)
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         if model_name in self.hanging:

@@ -212,6 +212,11 @@ class TestForged:
         anew = json.dumps(json.loads(report()), indent=1).encode()
         await self._assert_refused(reporter, anew, signed(report()))
 
+    async def test_however_it_shows_the_input(self, reporter: Reporter) -> None:
+        """With prompt and seed it can be no other's; the seed is ours."""
+        shown = {**INPUT, "steps": 4}
+        assert (await reporter.send(report(input=shown))).status_code == 204
+
     async def test_sent_to_another_attempt(self, reporter: Reporter) -> None:
         body = report(input={"prompt": "a fox", "seed": 6})
         await self._assert_refused(reporter, body, signed(body))
@@ -276,8 +281,9 @@ class TestAbsent:
         assert attempt.charged == Charged.UNKNOWN
 
     async def test_while_the_job_has_another_the_report_shall_come_again(
-        self, absent: Reporter
+        self, absent: Reporter, provider: FakeProvider
     ) -> None:
+        """What it reports on is stopped meanwhile, but not before the other has its own."""
         repository = absent.services.repository
         job = await repository.get(absent.attempt.job_id)
         assert job is not None
@@ -286,7 +292,11 @@ class TestAbsent:
         again = PredictionRequest("owner/name", {**INPUT, "seed": 6}, 60)
         attempt = await repository.begin_attempt(lease, "replicate", again)
         problem_of(await absent.send(report()), 503)
-        await repository.settle_orphan(Settlement(attempt.id, None, "absent", Charged.NO))
+        assert provider.cancelled == []
+        assert await repository.adopt(attempt.id, Prediction("p2", "starting", "owner/name", {}))
+        problem_of(await absent.send(report(status="processing")), 503)
+        assert provider.cancelled == ["p1"]
+        await repository.settle_orphan(Settlement(attempt.id, "p2", "failed", Charged.NO))
         assert (await absent.send(report())).status_code == 204
 
 
