@@ -3,13 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import pytest
 from redis.asyncio import Connection, Redis
 
+from app.config import Settings
+from app.errors import PredictionNotFound
+from app.providers import create_provider
 from app.providers import governor as module
+from app.providers.base import Provider
 from app.providers.governor import Call, RedisGovernor
 from scripts.servers import Valkey
+from tests.doubles.replicate_server import ReplicateServer
 
 StartGovernor = Callable[..., RedisGovernor]
 
@@ -204,6 +210,48 @@ async def test_the_slowest_rate_is_kept_to(start: StartGovernor, valkey: Valkey)
     redis = Redis.from_url(valkey.url)
     assert await redis.ttl(module._key(Call.CREATE, "arrival")) >= 6000
     await redis.aclose()
+
+
+class TestSettings:
+    """As the entry points make it: rates and Redis from the settings."""
+
+    def provider(
+        self, double: ReplicateServer, redis_url: str, *, creates: float, calls: float
+    ) -> Provider:
+        settings = Settings(
+            _env_file=None,
+            redis_url=redis_url,
+            replicate_api_token=double.token,
+            replicate_base_url=double.origin,
+            replicate_creates_per_minute=creates,
+            replicate_calls_per_minute=calls,
+        )
+        return create_provider(settings, workers=lambda: 4)
+
+    async def gets_within(self, provider: Provider, seconds: float) -> int:
+        count = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    with suppress(PredictionNotFound):
+                        await provider.get("unknown")
+                    count += 1
+        await provider.aclose()
+        return count
+
+    async def test_creates_and_other_calls_have_each_their_own(
+        self, start: StartGovernor, replicate: ReplicateServer, valkey: Valkey
+    ) -> None:
+        provider = self.provider(replicate, valkey.url, creates=60_000, calls=6)
+        for _ in range(3):
+            await provider.admit()
+        assert await self.gets_within(provider, 1) == 1
+
+    async def test_without_redis_each_worker_has_its_share(
+        self, replicate: ReplicateServer
+    ) -> None:
+        provider = self.provider(replicate, "redis://127.0.0.1:1", creates=1, calls=600)
+        assert 2 <= await self.gets_within(provider, 2) <= 7  # of 20 for all four
 
 
 class TestWithoutRedis:

@@ -7,9 +7,11 @@ from uuid import uuid4
 
 import pytest
 
+from app.config import Settings
 from app.jobs.lifecycle import Outcome, RunResult
+from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import Lease
-from app.tasks.runtime import RunRegistry, Runtime, _note, _Run
+from app.tasks.runtime import RunRegistry, Runtime, _note, _policy, _Run, _watcher
 
 
 async def _nothing(*_: object, **__: object) -> RunResult:
@@ -63,3 +65,31 @@ async def test_a_lost_connection_that_nobody_waits_for_is_one_line(
     assert [record for record in caplog.records if record.exc_info] == []
     _note(loop, {"message": "Task exception was never retrieved", "exception": KeyError()})
     assert [record.name for record in caplog.records if record.exc_info] == ["asyncio"]
+
+
+@pytest.mark.parametrize(
+    ("public", "reports_to"),
+    [
+        ("https://media.test", "https://media.test/api/v1/webhooks/replicate"),
+        ("http://media.test", None),  # Replicate accepts https only
+        (None, None),
+    ],
+)
+def test_every_budget_goes_where_it_belongs(public: str | None, reports_to: str | None) -> None:
+    settings = Settings(
+        _env_file=None,
+        replicate_api_token="r8_secret",
+        public_base_url=public,
+        job_deadline_seconds=1001,
+        starting_deadline_seconds=1002,
+        running_deadline_seconds=1003,
+        reconcile_grace_seconds=104,
+        reconcile_deadline_seconds=1005,
+    )
+    policy = _policy(settings, call_seconds=7)
+    assert (policy.job_deadline_seconds, policy.cancel_after_seconds) == (1001, 1002 + 1003)
+    assert policy.webhook_base_url == reports_to
+    expected = ReconcilePolicy(7, 104, 1005, "fail")
+    assert policy.reconcile == expected
+    watcher = _watcher(settings, cast(Any, None))
+    assert (watcher._starting_seconds, watcher._running_seconds) == (1002, 1003)
