@@ -34,6 +34,8 @@ ORPHAN_MEMORY_SECONDS = 3600.0
 # Jobs that have begun are run without a message when theirs is not heard for so long.
 UNHEARD_SECONDS = 3.0
 RESUMES_AT_ONCE = 50
+# With so many in line here, jobs that begin again are left to other workers, or to their message.
+AGAIN_TARGET = 1000
 # More would only queue before the provider's rate, and the poller's reads behind them.
 STOPS_AT_ONCE = 8
 # So many wait for that; the others are left to the next round, or to other workers.
@@ -153,6 +155,7 @@ class Recovery:
                 self.ring_due,
                 self.begin_unrung,
                 self.resume_unheard,
+                self.begin_again,
                 self.stop_lost_orphans,
             ):
                 duties.create_task(_every(self._sweep_seconds, duty))
@@ -264,7 +267,7 @@ class Recovery:
         return min(LINE_TARGET - waiting, self._concurrency - waiting - begun)
 
     async def resume_unheard(self) -> None:
-        """Run jobs that have begun without waiting for their message any longer.
+        """Run jobs that are paid for without waiting for their message any longer.
 
         What is paid for must not stand behind a queue of new jobs, nor wait for a slot: it needs
         none, and Replicate deletes outputs after an hour. A few at a time: more claims than the
@@ -278,6 +281,17 @@ class Recovery:
         for job_id in set(unheard) - set(resuming):
             log.info("job_resumed_without_message", job_id=str(job_id))
             self._runs.start(job_id, at_once=True)
+
+    async def begin_again(self) -> None:
+        """Put other jobs that have begun in line here: no queue of new ones stands before them.
+
+        Retries that are due, and what lost its worker before anything was paid.
+        """
+        if self._runs.waiting() < AGAIN_TARGET:
+            limit = RESUMES_AT_ONCE
+            for job_id in await self._repository.unheard(UNHEARD_SECONDS, limit, paid=False):
+                log.info("job_begun_without_message", job_id=str(job_id))
+                self._runs.start(job_id, at_once=False)
 
     async def stop_orphans(self, tasks: asyncio.TaskGroup) -> None:
         """Begin to stop predictions whose job has ended without them (cancelled, say, or late).

@@ -631,10 +631,13 @@ class JobRepository:
         """Return unowned jobs whose doorbell should ring now; each is left alone for a while."""
         return await self._take_due(jobs.ring_at <= func.now(), limit)
 
-    async def unheard(self, patience_seconds: float, limit: int) -> Sequence[UUID]:
-        """Return due jobs with an open attempt that nobody claimed so long after their ring.
+    async def unheard(
+        self, patience_seconds: float, limit: int, *, paid: bool = True
+    ) -> Sequence[UUID]:
+        """Return due jobs that have begun and that nobody claimed so long after their ring.
 
-        Their message waits behind others, or is lost. Each is left alone for a while.
+        Either those with an open attempt, or the others: retries, and those that lost their worker
+        before it. Their message waits behind others, or is lost. Each is left alone for a while.
         """
         is_due = or_(jobs.next_attempt_at.is_(None), jobs.next_attempt_at <= func.now())
         # Not rung at all (the broker is away), or rung: then `ring_at` was put off.
@@ -646,9 +649,9 @@ class JobRepository:
         has_attempt = select(attempts.id).where(
             attempts.job_id == jobs.id, attempts.state != AttemptState.SETTLED
         )
-        return await self._take_due(
-            and_(is_due, or_(never_rung, rung), has_attempt.exists()), limit
-        )
+        kind = has_attempt.exists() if paid else ~has_attempt.exists()
+        begun = jobs.started_at.is_not(None)
+        return await self._take_due(and_(is_due, begun, or_(never_rung, rung), kind), limit)
 
     async def _take_due(self, condition: ColumnElement[bool], limit: int) -> Sequence[UUID]:
         found = (

@@ -323,7 +323,29 @@ class TestUnheard:
             claim.lease, delay_seconds=9, error_code="x", error_message="y"
         )
         await worker.recovery.resume_unheard()
-        assert worker.runs.started == []
+        await worker.recovery.begin_again()
+        assert (worker.runs.started, worker.runs.begun) == ([], [])
+
+    async def test_what_is_not_paid_for_goes_in_line_before_the_new_ones(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those whose worker died before it had created anything, and retries that are due."""
+        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        paid = await self._freed(worker)
+        claims = [await worker.claim() for _ in range(2)]
+        retried = claims[0].lease
+        await worker.repository.retry_later(
+            retried, delay_seconds=0, error_code="x", error_message="y"
+        )
+        await worker.recovery.sweep()
+        worker.runs.in_line = module.AGAIN_TARGET
+        await worker.recovery.begin_again()
+        assert worker.runs.begun == []
+        worker.runs.in_line = 500
+        await worker.recovery.begin_again()
+        assert set(worker.runs.begun) == {claim.job.id for claim in claims}
+        await worker.recovery.resume_unheard()
+        assert worker.runs.started == [paid]
 
 
 class TestOutage:
@@ -654,6 +676,7 @@ DUTIES = (
     "ring_due",
     "begin_unrung",
     "resume_unheard",
+    "begin_again",
     "stop_lost_orphans",
     "stop_orphans",
     "keep_house",
