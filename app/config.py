@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +39,9 @@ def _postgres_url(value: str) -> str:
 def _redis_url(value: str) -> str:
     if not value.startswith(("redis://", "rediss://")):
         raise ValueError("must be a Redis or Valkey URL: redis://host:6379/0")
+    given = parse_qs(urlsplit(value).query).get("ssl_cert_reqs", ["required"])
+    if given[-1] not in ("required", "optional", "none"):
+        raise ValueError("ssl_cert_reqs must be required, optional or none")
     return value
 
 
@@ -68,7 +71,7 @@ def _origin(value: str) -> str:
 
 def _cors_origins(value: str) -> str:
     for origin in _listed(value):
-        if not re.fullmatch(r"\*|https?://[^/?#@\sA-Z]+", origin):
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
             raise ValueError(
                 "must be origins as browsers write them, without a path or a slash at the end:"
                 " https://www.example.com,http://localhost:3000"

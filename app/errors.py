@@ -113,7 +113,8 @@ class ProviderError(Exception):
     """A call to the provider, or a prediction, did not succeed.
 
     `code` is stable and machine-readable, `message` is written for the client and holds nothing
-    secret. `retry_after_seconds` is the provider's own wish, already bounded.
+    secret. `retry_after_seconds` is the provider's own wish, already bounded. `may_pass`: it is
+    for good only if it is said several times.
     """
 
     def __init__(
@@ -123,12 +124,14 @@ class ProviderError(Exception):
         message: str,
         *,
         retry_after_seconds: float | None = None,
+        may_pass: bool = False,
     ) -> None:
         super().__init__(f"{code}: {message}")
         self.failure_class = failure_class
         self.code = code
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+        self.may_pass = may_pass
 
 
 class PredictionNotFound(ProviderError):

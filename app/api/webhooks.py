@@ -64,7 +64,8 @@ async def _adopt(app: Services, attempt: Attempt, prediction: Prediction) -> Non
 async def _stop_unless_wanted(app: Services, attempt: Attempt, prediction: Prediction) -> None:
     """Cancel it if the job's open attempt has one of its own: else it may find this one yet."""
     others = await app.repository.attempts(attempt.job_id)
-    if any(other.state == AttemptState.SUBMITTED for other in others):
+    has_its_own = any(other.state == AttemptState.SUBMITTED for other in others)
+    if has_its_own and not prediction.is_terminal:
         with suppress(ProviderError):  # `Cancel-After` bounds what it costs
             await app.provider.cancel(prediction.id)
 

@@ -31,8 +31,7 @@ MAX_OUTPUTS = 100
 # Decoding is CPU: more at once would only make each of them late.
 DECODERS = 2
 DECODE_MEMORY_BYTES = 120 << 20
-# What a host may say of a file for a moment, and after which pauses it is asked again.
-DOUBTED = ("output_expired", "invalid_output")
+# After which pauses a host is asked again for a file that it does not have, or not as one.
 DOUBTS_SECONDS = (2.0, 8.0)
 
 log = structlog.get_logger(__name__)
@@ -111,7 +110,7 @@ class OutputKeeper:
                     return await keep()
             except ProviderError as error:
                 pause_seconds = next(pauses_seconds, None)
-                if error.code not in DOUBTED or pause_seconds is None:
+                if not error.may_pass or pause_seconds is None:
                     raise
                 log.warning("output_doubted", code=error.code, pause_seconds=pause_seconds)
             await asyncio.sleep(pause_seconds)
@@ -179,7 +178,7 @@ class OutputKeeper:
                 if begins:
                     _refuse_beginning(value, arrival.head)
             if not arrival.size_bytes:
-                raise _refused("invalid_output", "The output is empty.")
+                raise _refused("invalid_output", "The output is empty.", may_pass=True)
             return _media_type(value, arrival.head), await asyncio.to_thread(arrival.finish)
         finally:
             await asyncio.to_thread(arrival.close)
@@ -280,9 +279,10 @@ def _media_type(value: Any, head: bytes) -> str:
         return "text/plain" if isinstance(value, str) else "application/json"
     found = sniff.media_type(head)
     if found == "text/html":
-        raise _refused("invalid_output", "The output is a web page, not a file.")
+        raise _refused("invalid_output", "The output is a web page, not a file.", may_pass=True)
     if _promises_picture(value) and found not in sniff.PICTURES:
-        raise _refused("invalid_output", "The output is not the picture that its name promises.")
+        message = "The output is not the picture that its name promises."
+        raise _refused("invalid_output", message, may_pass=True)
     return found
 
 
@@ -321,5 +321,5 @@ def _iso(at: datetime | None) -> str | None:
     return at.isoformat().replace("+00:00", "Z") if at else None
 
 
-def _refused(code: str, message: str) -> ProviderError:
-    return ProviderError(FailureClass.PERMANENT, code, message)
+def _refused(code: str, message: str, *, may_pass: bool = False) -> ProviderError:
+    return ProviderError(FailureClass.PERMANENT, code, message, may_pass=may_pass)

@@ -131,7 +131,9 @@ class _Entry:
     def is_stale(self, now: float) -> bool:
         if not self.task.done():
             return False
-        is_new = self.task.result() not in (None, self.before)
+        found = self.task.result()
+        # By identity: an equal one is as good as new.
+        is_new = found is not None and found is not self.before
         return now >= self.started_at + (KEEP_SECONDS if is_new else KEEP_MISS_SECONDS)
 
 

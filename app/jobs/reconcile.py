@@ -188,9 +188,12 @@ class Reconciler:
     ) -> None:
         """Raise if one that may be it, but is not by model or input, is no job's.
 
-        It may be another job's whose create is still under way: so to look again at first.
+        It may be another job's whose create is still under way, or is being looked for itself.
         """
         strangers = [seen for seen in found if not is_of(seen, request)]
+        if not await self._repository.any_unknown(self._provider.name, strangers):
+            return
+        await asyncio.sleep(self._policy.call_seconds)
         if not await self._repository.any_unknown(self._provider.name, strangers):
             return
         doubt = ProviderError(

@@ -25,8 +25,9 @@ from app.storage.base import Storage
 BATCH = 500
 # Enough messages to keep workers busy until the next round; more would only pile up.
 QUEUE_TARGET = 1000
-# A worker with so many jobs in line rings for no more: it would hear the same ones again and again.
+# A worker with so many jobs in line rings for few: it would hear the same ones again and again.
 LINE_TARGET = 100
+RINGS_AT_LEAST = 5
 # A create call that no list has shown after this long is taken for never received.
 ORPHAN_PATIENCE_SECONDS = 120.0
 # Replicate forgets inputs after an hour, and no prediction runs as long.
@@ -228,13 +229,13 @@ class Recovery:
         """Ring for jobs that are due and that nobody has picked up.
 
         Never far beyond what the workers can take: the queue is only topped up, and only by
-        workers that have room. Every message costs both sides time, also one that is not needed.
+        workers that have room. Every message costs both sides time, also one that is not needed;
+        but a few are always sent, for a message may be lost while the queue stays long.
         """
-        if self._runs.waiting() >= LINE_TARGET:
-            return
         waiting = await self._ask_broker(self._doorbell.queue_length)
-        room = min(BATCH, QUEUE_TARGET - waiting)
-        due = await self._repository.due(room) if room > 0 else []
+        has_room = self._runs.waiting() < LINE_TARGET
+        room = min(BATCH, QUEUE_TARGET - waiting) if has_room else 0
+        due = await self._repository.due(max(room, RINGS_AT_LEAST))
         if not due:
             return
         try:
@@ -384,13 +385,9 @@ class Recovery:
                 return prediction.id
         if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
             strangers = [other for other in seen if not is_of(other, request)]
-            await self._doubt(strangers)
+            if await self._repository.any_unknown(self._provider.name, strangers):
+                raise _unknown("A prediction is listed that may be it, and is no other job's.")
         return None
-
-    async def _doubt(self, strangers: Sequence[Prediction]) -> None:
-        """Raise if one that may be it, but is not by model or input, belongs to no attempt."""
-        if await self._repository.any_unknown(self._provider.name, strangers):
-            raise _unknown("A prediction is listed that may be this one, and is no other job's.")
 
 
 def _unknown(message: str) -> ProviderError:

@@ -288,10 +288,12 @@ class JobRepository:
 
     async def any_unknown(self, provider: str, predictions: Sequence[Prediction]) -> bool:
         """Tell whether one of the predictions belongs to no attempt."""
-        for prediction in predictions:
-            if not await self.is_known(provider, prediction.id):
-                return True
-        return False
+        ids = {prediction.id for prediction in predictions}
+        query = select(func.count()).where(
+            attempts.provider == provider, attempts.prediction_id.in_(ids)
+        )
+        async with self._statements() as session:
+            return (await session.execute(query)).scalar_one() < len(ids)
 
     async def output_named(self, name: str) -> tuple[Output, datetime | None] | None:
         """Return the output stored under this file name, and when it was deleted; or None."""

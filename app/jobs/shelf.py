@@ -33,7 +33,8 @@ class Shelf:
         """Count a job while it is being stored, and for a while if our storage has failed it.
 
         Were it forgotten while it waits for its next try, a disk that is full would let a whole
-        backlog be bought. A host that does not give its file is not: it would stop everybody.
+        backlog be bought. A host that does not give its file is not, once that is beyond doubt: it
+        would stop everybody.
         """
         self._change(job_id, 1)
         seconds = REMEMBERED_SECONDS

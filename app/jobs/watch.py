@@ -160,8 +160,9 @@ class PredictionWatcher:
         """Never raises: others are being cancelled beside it."""
         try:
             async with self._cancels:
-                await self._provider.cancel(prediction_id)
-            watch.is_cancelled = True
+                if watch.futures:  # somebody waits for it still
+                    await self._provider.cancel(prediction_id)
+                    watch.is_cancelled = True
         except Exception as error:
             log.warning(
                 "prediction_not_cancelled",

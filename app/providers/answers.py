@@ -25,7 +25,7 @@ def read_prediction(body: Any) -> Prediction:
         id=identity,
         status=storable(status),
         model_name=str(body.get("model") or ""),
-        input=body.get("input") or {},
+        input=given if isinstance(given := body.get("input"), dict) else {},
         output=body.get("output"),
         error=None if body.get("error") is None else storable(str(body["error"])),
         version=storable(body["version"]) if isinstance(body.get("version"), str) else None,

@@ -103,8 +103,8 @@ def _is_file(value: Any) -> bool:
 
 def is_of(prediction: Prediction, request: PredictionRequest) -> bool:
     """Tell of one that may be it whether it is: made of this very input by this model."""
-    exact = request.has_own_seed or prediction.input == request.input
-    return exact and of_model(prediction, request)
+    exact = prediction.input == request.input
+    return request.has_own_seed or (exact and of_model(prediction, request))
 
 
 def called_off() -> ProviderError:

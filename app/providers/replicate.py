@@ -125,11 +125,11 @@ class ReplicateProvider:
         that was killed: a create would arrive long after we have asked whether it did.
         """
         lingering = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        is_direct = proxy_bypass(self._origin.host)
-        # As httpx's own transports do; one that is given does not look for it.
-        proxy = None if is_direct else getproxies().get(self._origin.scheme)
         return httpx.AsyncHTTPTransport(
-            verify=self._tls, limits=limits, proxy=proxy, socket_options=[lingering]
+            verify=self._tls,
+            limits=limits,
+            proxy=_proxy_for(self._origin),
+            socket_options=[lingering],
         )
 
     def _client(self, token: str, base_url: str, **connecting: Any) -> AsyncReplicate:
@@ -562,6 +562,15 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port or default
 
 
+def _proxy_for(url: httpx.URL) -> str | None:
+    """Return the proxy that the environment names, as httpx reads it for its own transports."""
+    named = getproxies()
+    proxy = named.get(url.scheme) or named.get("all")
+    if not proxy or proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
 def _is_of_replicate(url: httpx.URL) -> bool:
     """Tell whether a file is where Replicate keeps them, and asks for the token (its schema)."""
     return url.scheme == "https" and f".{url.host}".endswith(f".{FILE_HOST}")
@@ -575,6 +584,7 @@ def _raise_for_file(status: int) -> None:
             FailureClass.PERMANENT,
             "output_expired",
             "The provider deleted the output before it could be stored.",
+            may_pass=True,
         )
     raise ProviderError(
         FailureClass.TRANSIENT, "download_failed", f"The output's host answered with {status}."

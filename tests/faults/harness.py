@@ -326,7 +326,7 @@ class Stack:
         with httpx.Client(timeout=10, trust_env=False) as client:
             while not self._over.wait(1 / READS_PER_SECOND):
                 paths = ["/api/v1/jobs"]
-                for known in self.accepted[-200:][:1]:
+                for known in self.accepted[-200:][:1]:  # one of some time ago, if there is any
                     paths += [f"/api/v1/status/{known}", f"/api/v1/jobs/{known}/attempts"]
                 url = self.url + choice.choice(paths)
                 self.reads.append(_exchange(client, "GET", url, {})[0])

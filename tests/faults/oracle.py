@@ -381,7 +381,7 @@ class _Oracle:
         """What a run or a task does not know is no surprise while a fault shows."""
         if any(words in line for words in UNHANDLED):
             return True
-        record = json.loads(line) if line.startswith('{"') else {}
+        record = _record(line)
         if record.get("event") == "duty_failed":
             return _is_bug(record["error"])
         if "exception" not in record or record["logger"].startswith("celery."):
@@ -397,6 +397,14 @@ UNHANDLED = (
     "was never retrieved",
     "never awaited",
 )
+
+
+def _record(line: str) -> dict[str, Any]:
+    """Return what the log says; nothing for a line of somebody else's, or half a one."""
+    try:
+        return dict(json.loads(line)) if line.startswith('{"') else {}
+    except ValueError:
+        return {}
 
 
 def _is_bug(error: str) -> bool:

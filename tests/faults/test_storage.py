@@ -161,7 +161,8 @@ def test_f28_workers_that_die_while_storing(
 
 def _are_swept_when_old(stack: Stack) -> None:
     """Make the half-written files old, and wait until the worker that starts has removed them."""
-    hidden = [path for path in stack.media.parent.rglob("*/.*") if path.is_file()]
+    hidden = list((stack.media / ".incoming").iterdir())
+    assert hidden
     for path in hidden:
         os.utime(path, (0, 0))
     stack.start_worker()

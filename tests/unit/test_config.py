@@ -72,6 +72,7 @@ WRONG = [
     ("API_PORT", "65536", "less than or equal to 65535"),
     ("API_PORT", "http", "valid integer"),
     ("API_DEBUG", "perhaps", "valid boolean"),
+    ("REDIS_URL", "rediss://h/0?ssl_cert_reqs=CERT_NONE", "must be required, optional or none"),
     ("CORS_ORIGINS", "https://a.example/", ORIGINS),
     ("CORS_ORIGINS", "https://b.example, a.example", ORIGINS),
     ("CORS_ORIGINS", "https://A.example", ORIGINS),
@@ -356,9 +357,15 @@ class TestValues:
         assert settings.storage_base_url == "https://cdn.example/media"
 
     def test_cors_origins_are_separated_by_commas(self) -> None:
-        settings = Settings(cors_origins="https://a.example, http://localhost:3000,")
+        settings = Settings(
+            cors_origins="https://a.example, http://localhost:3000,capacitor://localhost,"
+        )
 
-        assert settings.cors_origin_list == ["https://a.example", "http://localhost:3000"]
+        assert settings.cors_origin_list == [
+            "https://a.example",
+            "http://localhost:3000",
+            "capacitor://localhost",
+        ]
         assert Settings().cors_origin_list == []
 
     def test_any_origin_may_be_allowed(self) -> None:

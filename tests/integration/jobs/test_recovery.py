@@ -170,17 +170,20 @@ class TestRinging:
         await worker.recovery.ring_due()
         assert worker.doorbell.rung == [job.id]
 
-    async def test_a_long_queue_is_not_made_longer(self, worker: Worker) -> None:
-        await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        worker.doorbell.length = module.QUEUE_TARGET
-        await worker.recovery.ring_due()
-        assert worker.doorbell.rung == []
+    async def test_a_long_queue_is_hardly_made_longer(self, worker: Worker) -> None:
+        await self._is_hardly_made_longer(worker, queue=module.QUEUE_TARGET)
 
-    async def test_a_worker_with_a_long_line_rings_for_no_more(self, worker: Worker) -> None:
-        await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        worker.runs.in_line = module.LINE_TARGET
+    async def test_a_worker_with_a_long_line_rings_for_few(self, worker: Worker) -> None:
+        await self._is_hardly_made_longer(worker, line=module.LINE_TARGET)
+
+    async def _is_hardly_made_longer(self, worker: Worker, queue: int = 0, line: int = 0) -> None:
+        """But whose message was lost meanwhile gets its turn."""
+        jobs = [await worker.repository.add(NewJob("p", "a/b", {}), 60) for _ in range(8)]
+        worker.doorbell.length, worker.runs.in_line = queue, line
         await worker.recovery.ring_due()
-        assert worker.doorbell.rung == []
+        assert len(worker.doorbell.rung) == module.RINGS_AT_LEAST
+        await worker.recovery.ring_due()
+        assert set(worker.doorbell.rung) == {job.id for job in jobs}
 
     async def test_freed_jobs_of_a_dead_worker_are_rung(self, worker: Worker) -> None:
         claim = await worker.claim()  # by a worker that has never said that it lives

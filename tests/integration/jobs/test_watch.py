@@ -120,8 +120,9 @@ async def test_cancels_that_hang_hold_up_nobody(
     replicate.configure(latency_seconds=0)
     watcher._starting_seconds = watcher._running_seconds = 0
     async with running(watcher):
-        while len(cancelling) < watch.CANCELS_AT_ONCE:
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            while len(cancelling) < watch.CANCELS_AT_ONCE:
+                await asyncio.sleep(0.02)
         quick = await provider.create(REQUEST)
         assert (await watcher.wait(quick.id)).status == "succeeded"
     assert len(set(cancelling)) == len(cancelling) == watch.CANCELS_AT_ONCE

@@ -243,11 +243,14 @@ class TestCreateOnTheWire:
         assert prediction.status == "succeeded"
         assert prediction.output
 
+    @pytest.mark.parametrize(
+        ("variable", "scheme"), [("http_proxy", "http://"), ("http_proxy", ""), ("all_proxy", "")]
+    )
     async def test_it_goes_through_the_proxy_that_the_environment_names(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
+        self, host: Host, monkeypatch: pytest.MonkeyPatch, variable: str, scheme: str
     ) -> None:
         host.reply = answer(prediction_json(), "201 Created")
-        monkeypatch.setenv("http_proxy", host.origin)
+        monkeypatch.setenv(variable, host.origin.replace("http://", scheme))
         monkeypatch.setenv("no_proxy", "elsewhere.test")
         for name in ("api", "elsewhere"):
             async with new_provider(f"http://{name}.test", timeout_seconds=2) as provider:

@@ -89,3 +89,8 @@ def test_with_a_seed_of_its_own_the_rest_may_be_shown_otherwise(name: str, it_is
     seen = Prediction("p1", "starting", "a/b", {**sent, name: "x", "more": 0})
     request = PredictionRequest("a/b", sent, 60, has_own_seed=True)
     assert may_be(seen, request) is it_is
+
+
+@pytest.mark.parametrize("given", [None, [1], "text", 5])
+def test_an_input_that_is_none_is_empty(given: Any) -> None:
+    assert read_prediction({**BODY, "input": given}).input == {}
