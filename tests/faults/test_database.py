@@ -104,7 +104,9 @@ def _ask_every_route(stack: Stack, job_id: str, attempt_id: object) -> list[tupl
     webhook = ("POST", f"/api/v1/webhooks/replicate/{attempt_id}")
     with stack.client() as client:
         for method, path in [*_routes(job_id), webhook] * 2:
-            body = json.dumps({"id": "x", "prompt": stack.prompt()}).encode()
+            report = {"id": "x", "status": "starting"}
+            given = {"prompt": stack.prompt()} if path.endswith("generate") else report
+            body = json.dumps(given).encode()
             signed = signed_headers(SECRET, body, "msg_x", time.time())
             told = {"content": body, "headers": signed | {"content-type": "application/json"}}
             stack.request(client, method, path, **(told if method == "POST" else {}))
