@@ -101,21 +101,20 @@ class ParameterChecker:
         self._entries.pop(model_name, None)
         if len(self._entries) >= MAX_MODELS:
             del self._entries[next(iter(self._entries))]
-        loading = self._load(model_name, before)
-        task = asyncio.create_task(loading, name=f"input-schema {model_name}")
+        task = asyncio.create_task(self._load(model_name), name=f"input-schema {model_name}")
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
         entry = self._entries[model_name] = _Entry(task, now, before)
         return entry
 
-    async def _load(self, model_name: str, before: Validator | None) -> Validator | None:
+    async def _load(self, model_name: str) -> Validator | None:
         try:
             schema = await self._fetch(model_name)
             return await asyncio.to_thread(_compile, schema) if schema else None
         except Exception as error:
             # Whatever is wrong with the provider or its schema, the model itself is the judge.
             log.warning("input_schema_missing", model=model_name, error=type(error).__name__)
-            return before
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +125,13 @@ class _Entry:
 
     @property
     def known(self) -> Validator | None:
-        return self.task.result() if self.task.done() else self.before
+        return (self.task.result() if self.task.done() else None) or self.before
 
     def is_stale(self, now: float) -> bool:
         if not self.task.done():
             return False
-        found = self.task.result()
-        # By identity: an equal one is as good as new.
-        is_new = found is not None and found is not self.before
-        return now >= self.started_at + (KEEP_SECONDS if is_new else KEEP_MISS_SECONDS)
+        keep = KEEP_SECONDS if self.task.result() is not None else KEEP_MISS_SECONDS
+        return now >= self.started_at + keep
 
 
 def _compile(schema: dict[str, Any]) -> Validator:

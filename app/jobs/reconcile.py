@@ -191,11 +191,10 @@ class Reconciler:
         It may be another job's whose create is still under way, or is being looked for itself.
         """
         strangers = [seen for seen in found if not is_of(seen, request)]
-        if not await self._repository.any_unknown(self._provider.name, strangers):
-            return
-        await asyncio.sleep(self._policy.call_seconds)
-        if not await self._repository.any_unknown(self._provider.name, strangers):
-            return
+        for pause_seconds in (0, self._policy.call_seconds):
+            await asyncio.sleep(pause_seconds)
+            if not await self._repository.any_unknown(self._provider.name, strangers):
+                return
         doubt = ProviderError(
             FailureClass.TRANSIENT,
             "provider_outcome_pending",

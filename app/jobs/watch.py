@@ -34,8 +34,7 @@ class _Watch:
     running_since: float | None = None
     overdue_since: float | None = None
     missing_since: float | None = None
-    cancelling: asyncio.Task[None] | None = None
-    is_cancelled: bool = False
+    cancelling: asyncio.Task[None] | None = None  # stays once the cancel was heard
 
 
 class PredictionWatcher:
@@ -153,7 +152,7 @@ class PredictionWatcher:
             )
         if now - watch.overdue_since > CANCEL_GRACE_SECONDS:
             self._wake(prediction.id, _overdue())
-        elif not watch.is_cancelled and (watch.cancelling is None or watch.cancelling.done()):
+        elif watch.cancelling is None:
             watch.cancelling = tasks.create_task(self._cancel(prediction.id, watch))
 
     async def _cancel(self, prediction_id: str, watch: _Watch) -> None:
@@ -162,8 +161,8 @@ class PredictionWatcher:
             async with self._cancels:
                 if watch.futures:  # somebody waits for it still
                     await self._provider.cancel(prediction_id)
-                    watch.is_cancelled = True
         except Exception as error:
+            watch.cancelling = None
             log.warning(
                 "prediction_not_cancelled",
                 prediction_id=prediction_id[:LOGGED_ID_CHARS],

@@ -1,7 +1,6 @@
 """The plain commands as processes: from a prompt to a stored picture, whatever is killed."""
 
 import hashlib
-import os
 import signal
 import subprocess
 from collections import Counter
@@ -19,7 +18,8 @@ from PIL import Image
 
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
-from tests.e2e.service import BIN, ROOT, Service, end, free_port, wait_for
+from tests.e2e.service import BIN, Service, end, free_port, wait_for
+from tests.process import run
 from tests.s3_server import KEYS
 
 StartService = Callable[..., Service]
@@ -234,30 +234,15 @@ class TestStart:
     def test_a_wrong_setting_stops_it_with_the_variables_name(
         self, command: tuple[str, ...]
     ) -> None:
-        environment = {**os.environ, "MAX_RETRY_ATTEMPTS": "many"}
-        ended = subprocess.run(
-            [BIN / command[0], *command[1:]],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        program, *arguments = command
+        ended = run([str(BIN / program), *arguments], MAX_RETRY_ATTEMPTS="many")
         assert ended.returncode != 0
         assert "MAX_RETRY_ATTEMPTS: Input should be a valid integer" in ended.stderr
         assert "Traceback" not in ended.stderr
 
     def test_a_worker_that_can_not_store_anything_ends(self) -> None:
-        ended = subprocess.run(
-            [BIN / "celery", "-A", "app.tasks.celery_app", "worker"],
-            cwd=ROOT,
-            env={**os.environ, "STORAGE_PATH": "/dev/null/media"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        command = [str(BIN / "celery"), "-A", "app.tasks.celery_app", "worker"]
+        ended = run(command, STORAGE_PATH="/dev/null/media")
         assert ended.returncode != 0
         assert "worker_not_started" in ended.stderr
 

@@ -319,7 +319,6 @@ class Stack:
         reading = threading.Thread(target=self._read)
         reading.start()
         self._closing.callback(reading.join)
-        self._closing.callback(self._over.set)
 
     def _read(self) -> None:
         choice = random.Random(self.seed)

@@ -1,13 +1,10 @@
 """What a process writes to its log, each as a process of its own."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 from tests.doubles.replicate_server import ReplicateServer
+from tests.process import run
 
-ROOT = Path(__file__).parents[2]
 CREATE = """
 import asyncio
 from app.config import get_settings
@@ -26,20 +23,13 @@ asyncio.run(main())
 
 
 def test_debug_shows_no_prompt_and_no_token(replicate: ReplicateServer) -> None:
-    environment = {
-        "LOG_LEVEL": "DEBUG",
-        "REPLICATE_API_TOKEN": replicate.token,
-        "REPLICATE_BASE_URL": replicate.origin,
-    }
-    ended = subprocess.run(
+    ended = run(
         [sys.executable, "-c", CREATE],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+        LOG_LEVEL="DEBUG",
+        REPLICATE_API_TOKEN=replicate.token,
+        REPLICATE_BASE_URL=replicate.origin,
     )
+    assert ended.returncode == 0, ended.stderr
     assert "provider_chosen" in ended.stderr
     assert "asyncio" in ended.stderr  # debug lines are there
     assert len(replicate.creates()) == 1

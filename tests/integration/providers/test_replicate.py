@@ -6,6 +6,7 @@ import gzip
 import json
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -381,9 +382,25 @@ class TestCreateIsSentOnce:
             async with new_provider(origin, timeout_seconds=0.4) as provider:
                 error = await failure(provider.create(request))
             assert error.failure_class is FailureClass.AMBIGUOUS
-            received, is_reset = await asyncio.to_thread(_read_all, host)
+            connection, _ = await asyncio.to_thread(host.accept)
+            received, is_reset = await asyncio.to_thread(_read_all, connection)
         assert is_reset
         assert received < 500_000
+
+    async def test_nor_is_what_a_killed_process_had_not_sent(self) -> None:
+        with socket.socket() as host:
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host.bind(("127.0.0.1", 0))
+            host.listen()
+            origin = f"http://127.0.0.1:{host.getsockname()[1]}"
+            creating = await asyncio.create_subprocess_exec(sys.executable, "-c", CREATE, origin)
+            connection, _ = await asyncio.to_thread(host.accept)
+            await asyncio.sleep(0.5)  # by now the kernel has all of it, and the host a part
+            creating.kill()
+            await creating.wait()
+            received, is_reset = await asyncio.to_thread(_read_all, connection)
+        assert is_reset
+        assert 0 < received < 500_000
 
     @pytest.mark.parametrize(
         "reply",
@@ -451,9 +468,17 @@ class TestCreateIsSentOnce:
         assert len(opened) == 3
 
 
-def _read_all(host: socket.socket) -> tuple[int, bool]:
-    """Accept the connection that waits; return the bytes that came, and whether it was reset."""
-    connection, _ = host.accept()
+CREATE = """
+import asyncio, sys
+from app.providers.base import PredictionRequest
+from app.providers.replicate import ReplicateProvider
+provider = ReplicateProvider("t", sys.argv[1], timeout_seconds=60, prefer_wait_seconds=0)
+asyncio.run(provider.create(PredictionRequest("acme/painter", {"prompt": "p" * 500_000}, 60)))
+"""
+
+
+def _read_all(connection: socket.socket) -> tuple[int, bool]:
+    """Return how many bytes come, and whether the connection is reset then."""
     connection.settimeout(5)
     received = 0
     with connection:

@@ -1,15 +1,12 @@
 """The Celery application as the environment makes it, each in a process of its own."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from scripts.servers import Valkey
+from tests.process import run
 
-ROOT = Path(__file__).parents[3]
 RING = """
 from uuid import uuid4
 from app.tasks.doorbell import doorbell
@@ -30,15 +27,9 @@ print(celery_app.connection_for_write().ssl)
 
 
 def output_of(code: str, **environment: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=15,
-        check=True,
-    ).stdout.strip()
+    ended = run([sys.executable, "-c", code], timeout_seconds=15, **environment)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
 
 
 def test_a_result_backend_that_is_away_does_not_keep_the_doorbell_waiting(valkey: Valkey) -> None:
