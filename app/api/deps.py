@@ -7,9 +7,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, Request
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 
 from app.api.recent import RecentFiles
 from app.api.singleflight import SingleFlight
@@ -21,6 +19,7 @@ from app.jobs.parameters import ParameterChecker
 from app.jobs.repository import JobRepository
 from app.providers.base import Provider
 from app.providers.webhooks import WebhookVerifier
+from app.redis import create_redis
 from app.storage import create_storage
 from app.storage.base import Storage
 from app.tasks.dispatcher import Dispatcher
@@ -72,9 +71,9 @@ async def open_services(
     """
     storage = _create_storage(settings)
     engine = create_engine(settings)
-    redis = _create_redis(settings.redis_url)
+    redis = create_redis(settings.redis_url, REDIS_TIMEOUT_SECONDS)
     has_own_broker = settings.broker_url != settings.redis_url
-    broker = _create_redis(settings.broker_url) if has_own_broker else redis
+    broker = create_redis(settings.broker_url, REDIS_TIMEOUT_SECONDS) if has_own_broker else redis
     repository = JobRepository(create_sessions(engine))
     parameters = ParameterChecker(provider.input_schema)
     webhooks = WebhookVerifier(settings.webhook_secrets, provider.webhook_secret)
@@ -110,16 +109,3 @@ def _create_storage(settings: Settings) -> Storage:
     except StorageError as error:
         setting = "STORAGE_URL" if settings.storage_url else "STORAGE_PATH"
         raise SystemExit(f"{setting}: {error}") from error
-
-
-def _create_redis(url: str) -> Redis:
-    """For health checks: few connections, short waits, and no repeats hidden in the client."""
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=4,
-        timeout=REDIS_TIMEOUT_SECONDS,
-        socket_timeout=REDIS_TIMEOUT_SECONDS,
-        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return Redis.from_pool(pool)

@@ -3,14 +3,12 @@
 from collections.abc import Callable
 
 import structlog
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from app.config import Settings
 from app.providers.base import Provider
 from app.providers.governor import RedisGovernor
 from app.providers.replicate import ReplicateProvider
+from app.redis import create_redis
 
 REDIS_TIMEOUT_SECONDS = 1.0
 
@@ -45,17 +43,8 @@ def create_provider(settings: Settings, workers: Callable[[], int] = lambda: 1) 
 
 
 def _create_governor(settings: Settings, workers: Callable[[], int]) -> RedisGovernor:
-    # Blocking: redis-py's plain pool raises instead of waiting when many calls end at once.
-    pool = BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=4,
-        timeout=REDIS_TIMEOUT_SECONDS,
-        socket_timeout=REDIS_TIMEOUT_SECONDS,
-        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-    )
     return RedisGovernor(
-        Redis.from_pool(pool),
+        create_redis(settings.redis_url, REDIS_TIMEOUT_SECONDS),
         creates_per_minute=settings.replicate_creates_per_minute,
         others_per_minute=settings.replicate_calls_per_minute,
         workers=workers,

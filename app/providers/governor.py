@@ -252,25 +252,6 @@ async def _hearing_cancels(command: Awaitable[Any]) -> Any:
             raise asyncio.CancelledError
 
 
-class Ungoverned:
-    """A governor that lets everything pass: no limits, no breaker."""
-
-    async def admit(self, call: Call) -> None:
-        """See `Governor.admit`."""
-
-    async def throttled(self, call: Call, seconds: float) -> None:
-        """See `Governor.throttled`."""
-
-    async def succeeded(self, call: Call) -> None:
-        """See `Governor.succeeded`."""
-
-    async def failed(self, call: Call) -> None:
-        """See `Governor.failed`."""
-
-    async def aclose(self) -> None:
-        """See `Governor.aclose`."""
-
-
 def _burst(interval_seconds: float) -> int:
     return max(1, round(BURST_SECONDS / interval_seconds))
 

@@ -39,7 +39,7 @@ from app.providers.base import (
     called_off,
     split_model,
 )
-from app.providers.governor import LONGEST_PAUSE_SECONDS, Call, Governor, Ungoverned
+from app.providers.governor import LONGEST_PAUSE_SECONDS, Call, Governor
 from app.providers.outcome import MESSAGE_CHARS
 from app.providers.search import Page, PredictionSearch
 
@@ -77,6 +77,7 @@ NOT_CANCELABLE = (400, 404, 409, 410, 422)
 
 FILE_CHUNK_BYTES = 1 << 16
 FILE_HOST = "replicate.delivery"
+GZIP_BEGIN = b"\x1f\x8b"  # also of each further member
 
 # A clock that differs by more from the provider's is plainly wrong.
 CLOCK_DIFFERENCE = timedelta(hours=1)
@@ -98,9 +99,9 @@ class ReplicateProvider:
         *,
         timeout_seconds: float,
         prefer_wait_seconds: int,
-        governor: Governor | None = None,
+        governor: Governor,
     ) -> None:
-        self._governor = governor or Ungoverned()
+        self._governor = governor
         self._origin = httpx.URL(base_url)
         self._prefer_wait_seconds = prefer_wait_seconds
         self._timeout = httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds))
@@ -325,19 +326,25 @@ class ReplicateProvider:
 
     async def input_schema(self, model_name: str) -> dict[str, Any] | None:
         """See `Provider.input_schema`."""
-        owner, name, version = split_model(model_name)
-        found: Any
         async with self._reading():
-            if version:
-                versions = self._reads.models.versions.with_raw_response
-                found = await (
-                    await versions.get(model_owner=owner, model_name=name, version_id=version)
-                ).json()
-            else:
-                models = self._reads.models.with_raw_response
-                model: Any = await (await models.get(model_owner=owner, model_name=name)).json()
-                found = model.get("latest_version") or {}
+            try:
+                found = await self._version(model_name)
+            except NotFoundError:
+                # An answer, or a wrong name would count as the provider's failure, and a few of
+                # them open the breaker: there is no such model, as its create will say.
+                return None
             return _input_schema(found.get("openapi_schema") or {})
+
+    async def _version(self, model_name: str) -> Any:
+        """Return the model's version as it is published: the one that is named, or the latest."""
+        owner, name, version = split_model(model_name)
+        if version:
+            versions = self._reads.models.versions.with_raw_response
+            named = versions.get(model_owner=owner, model_name=name, version_id=version)
+            return await (await named).json()
+        models = self._reads.models.with_raw_response
+        model: Any = await (await models.get(model_owner=owner, model_name=name)).json()
+        return model.get("latest_version") or {}
 
     async def webhook_secret(self) -> str:
         """See `Provider.webhook_secret`."""
@@ -501,12 +508,13 @@ def _retry_after(error: APIStatusError) -> float | None:
     text = re.search(r"resets in ~?(\d+(?:\.\d+)?)s", str(body.get("detail")))
     said = [error.response.headers.get("retry-after", ""), str(body.get("retry_after"))]
     said.append(text[1] if text else "")
-    asked = [seconds for value in said if (seconds := _seconds(value)) is not None]
+    answered_at = _own_date(error.response) or datetime.now(UTC)
+    asked = [seconds for value in said if (seconds := _seconds(value, answered_at)) is not None]
     low, high = RETRY_AFTER_BOUNDS_SECONDS
     return min(max(low, *asked), high) if asked else None
 
 
-def _seconds(value: str) -> float | None:
+def _seconds(value: str, answered_at: datetime) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
@@ -514,7 +522,7 @@ def _seconds(value: str) -> float | None:
     else:
         return None if math.isnan(seconds) else seconds
     try:
-        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        return (_utc(parsedate_to_datetime(value)) - answered_at).total_seconds()
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -537,12 +545,20 @@ def _date(response: httpx.Response) -> datetime:
     create.
     """
     ours = datetime.now(UTC)
-    try:
-        at = parsedate_to_datetime(response.headers["date"])
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return ours
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    at = _own_date(response) or ours
     return min(at, ours) if abs(at - ours) < CLOCK_DIFFERENCE else at
+
+
+def _own_date(response: httpx.Response) -> datetime | None:
+    """Return when the provider says that it answered; None if it does not say."""
+    try:
+        return _utc(parsedate_to_datetime(response.headers["date"]))
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _utc(at: datetime) -> datetime:
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _reports_to(webhook: str) -> dict[str, Any]:
@@ -609,8 +625,13 @@ async def _content(response: httpx.Response) -> AsyncIterator[bytes]:
     unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # 16: with gzip's own header
     async for packed in response.aiter_raw(FILE_CHUNK_BYTES):
         while packed:
-            yield unpacking.decompress(packed, FILE_CHUNK_BYTES)
-            packed = unpacking.unconsumed_tail
+            if unpacking.eof:
+                if not GZIP_BEGIN.startswith(packed[:2]):
+                    return  # whatever follows the end is not the file's
+                unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+            if piece := unpacking.decompress(packed, FILE_CHUNK_BYTES):
+                yield piece
+            packed = unpacking.unconsumed_tail or unpacking.unused_data
     if not unpacking.eof:
         raise zlib.error("the end is missing")
 

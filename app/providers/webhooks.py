@@ -14,8 +14,9 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from app.errors import ProviderError
 
-# How often a signature that fits no known secret may make us ask for a new one.
+# How often a signature that fits no known secret may make us ask for a new one, and for the first.
 REFETCH_SECONDS = 60.0
+FETCH_AGAIN_SECONDS = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +28,8 @@ class WebhookVerifier:
         self._configured = configured
         self._fetch = fetch
         self._fetched: str | None = None
-        self._fetched_at = -REFETCH_SECONDS
+        self._failure: ProviderError | None = None
+        self._rests_until = 0.0
         self._fetching = asyncio.Lock()
 
     async def fault(self, body: bytes, headers: Mapping[str, str]) -> str | None:
@@ -53,17 +55,21 @@ class WebhookVerifier:
         return [*self._configured, *([self._fetched] if self._fetched else [])]
 
     async def _refetch(self) -> None:
+        """Fetch the secret, but not for every forged signature. Raises: as `fault`."""
         async with self._fetching:
-            if time.monotonic() - self._fetched_at < REFETCH_SECONDS:
-                return
-            self._fetched_at = time.monotonic()
-            try:
-                self._fetched = await self._fetch()
-            except ProviderError as error:
-                log.warning("webhook_secret_missing", code=error.code)
-                if self._fetched is None:
-                    self._fetched_at = -REFETCH_SECONDS
-                    raise
+            if time.monotonic() >= self._rests_until:
+                await self._fetch_it()
+            if self._fetched is None and self._failure is not None:
+                raise self._failure.with_traceback(None)  # or it would grow with every raise
+
+    async def _fetch_it(self) -> None:
+        try:
+            self._fetched, self._failure = await self._fetch(), None
+        except ProviderError as error:
+            log.warning("webhook_secret_missing", code=error.code)
+            self._failure = error
+        rest_seconds = FETCH_AGAIN_SECONDS if self._fetched is None else REFETCH_SECONDS
+        self._rests_until = time.monotonic() + rest_seconds
 
 
 def _fault(secret: str, body: bytes, headers: Mapping[str, str]) -> str | None:

@@ -32,6 +32,7 @@ from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
 from app.storage.base import Storage
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 from tests.faults.steps import Steps, counted, number_statements
 
 T = TypeVar("T")
@@ -116,8 +117,8 @@ class _NoDoorbell:
 
 
 class _NoRuns:
-    def waiting(self) -> int:
-        return 0
+    def waiting(self) -> list[UUID]:
+        return []
 
     def resuming(self) -> list[UUID]:
         return []
@@ -150,6 +151,7 @@ async def stoppable_worker(
         replicate.origin,
         timeout_seconds=2,
         prefer_wait_seconds=prefer_wait_seconds,
+        governor=Ungoverned(),
     )
     watcher = PredictionWatcher(
         provider, interval_seconds=0.02, starting_seconds=30, running_seconds=30

@@ -29,6 +29,7 @@ from app.storage import create_storage
 from app.storage.base import Storage, media_key, metadata_key
 from app.storage.s3 import S3Storage
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 from tests.s3_server import KEYS
 
 pytestmark = pytest.mark.usefixtures("watching")
@@ -99,7 +100,11 @@ async def parts(
     settings: Settings, repository: JobRepository, replicate: ReplicateServer, storage: Storage
 ) -> AsyncIterator[Parts]:
     provider = ReplicateProvider(
-        replicate.token, replicate.origin, timeout_seconds=1, prefer_wait_seconds=1
+        replicate.token,
+        replicate.origin,
+        timeout_seconds=1,
+        prefer_wait_seconds=1,
+        governor=Ungoverned(),
     )
     watcher = PredictionWatcher(
         provider, interval_seconds=0.05, starting_seconds=30, running_seconds=30

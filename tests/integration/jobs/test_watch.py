@@ -14,6 +14,7 @@ from app.jobs.watch import PredictionWatcher
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 
 REQUEST = PredictionRequest("acme/painter", {"prompt": "p", "seed": 1}, 60)
 
@@ -21,7 +22,11 @@ REQUEST = PredictionRequest("acme/painter", {"prompt": "p", "seed": 1}, 60)
 @pytest.fixture
 async def provider(replicate: ReplicateServer) -> AsyncIterator[ReplicateProvider]:
     provider = ReplicateProvider(
-        replicate.token, replicate.origin, timeout_seconds=2, prefer_wait_seconds=0
+        replicate.token,
+        replicate.origin,
+        timeout_seconds=2,
+        prefer_wait_seconds=0,
+        governor=Ungoverned(),
     )
     yield provider
     await provider.aclose()

@@ -22,11 +22,12 @@ import trustme
 from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers import replicate as module
 from app.providers.base import PredictionRequest
-from app.providers.governor import Call, Ungoverned
+from app.providers.governor import Call
 from app.providers.outcome import output_values
 from app.providers.replicate import ReplicateProvider
 from tests.contracts.provider import Provide, ProviderContract, fetched, finished
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 
 # One loop for the whole file: a provider costs 0.1 s to make, most of it for its certificates.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -99,7 +100,7 @@ async def new_provider(
         origin,
         timeout_seconds=timeout_seconds,
         prefer_wait_seconds=wait,
-        governor=governor,
+        governor=governor or Ungoverned(),
     )
     yield made
     await made.aclose()
@@ -472,7 +473,9 @@ CREATE = """
 import asyncio, sys
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
-provider = ReplicateProvider("t", sys.argv[1], timeout_seconds=60, prefer_wait_seconds=0)
+from tests.doubles.ungoverned import Ungoverned
+waits = {"timeout_seconds": 60, "prefer_wait_seconds": 0}
+provider = ReplicateProvider("t", sys.argv[1], governor=Ungoverned(), **waits)
 asyncio.run(provider.create(PredictionRequest("acme/painter", {"prompt": "p" * 500_000}, 60)))
 """
 
@@ -556,6 +559,17 @@ class TestThrottled:
         error = await failure(provider.create(REQUEST))
         assert error.retry_after_seconds is not None
         assert 25 < error.retry_after_seconds <= 30
+
+    @pytest.mark.parametrize("minutes", [-10, 10])
+    async def test_a_date_is_read_by_the_providers_clock(
+        self, to_host: ReplicateProvider, host: Host, minutes: int
+    ) -> None:
+        theirs = datetime.now(UTC) + timedelta(minutes=minutes)
+        dates = (theirs, theirs + timedelta(seconds=30))
+        date, retry_after = (format_datetime(at, usegmt=True) for at in dates)
+        host.reply = answer(b"{}", "429 Too Many Requests", date=date, retry_after=retry_after)
+        error = await failure(to_host.create(REQUEST))
+        assert error.retry_after_seconds == 30
 
     async def test_the_doubles_own_limit(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -885,12 +899,12 @@ class TestReads:
         assert error.failure_class is FailureClass.THROTTLED
         assert double.ledger().requests.get("get", 0) == 0
 
-    async def test_a_model_that_is_not_found_is_no_missing_prediction(
+    async def test_a_model_that_is_not_found_has_no_schema(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         double.configure(unknown_models=[MODEL])
         for name in (MODEL, f"{MODEL}:{VERSION}"):
-            assert not isinstance(await failure(provider.input_schema(name)), PredictionNotFound)
+            assert await provider.input_schema(name) is None
 
     async def test_models_without_a_schema_have_none(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -1343,6 +1357,14 @@ class TestCompressedFiles:
         host.reply = answer(gzip.compress(content), content_encoding="gzip")
         assert await fetched(to_host, f"{host.origin}/x.png") == content
 
+    async def test_every_member_of_it_and_nothing_behind_them(
+        self, to_host: ReplicateProvider, host: Host
+    ) -> None:
+        """A host may send for ever, and what is not yielded counts for no limit."""
+        members = gzip.compress(b"first, ") + gzip.compress(b"second")
+        host.reply = answer(members + b"<script>" * (1 << 16), content_encoding="gzip")
+        assert await fetched(to_host, f"{host.origin}/x.png") == b"first, second"
+
     async def test_a_bomb_comes_in_small_pieces(
         self, to_host: ReplicateProvider, host: Host
     ) -> None:
@@ -1442,6 +1464,16 @@ class TestGovernor:
             ("admit", Call.OTHER),
             ("throttled", Call.OTHER, 3),
         ]
+
+    async def test_a_wrong_model_name_is_not_the_providers_failure(
+        self, double: ReplicateServer
+    ) -> None:
+        """A few of them would open the breaker, and keep every worker from polling."""
+        governor = Reports()
+        double.configure(unknown_models=[MODEL])
+        async with new_provider(double.origin, governor=governor) as provider:
+            await provider.input_schema(MODEL)
+        assert governor.told == [("admit", Call.OTHER), ("succeeded", Call.OTHER)]
 
     async def test_downloads_are_not_counted(self, double: ReplicateServer) -> None:
         governor = Reports()
