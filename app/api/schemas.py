@@ -145,6 +145,7 @@ JOB_EXAMPLE: dict[str, Any] = {
             "width": 1024,
             "height": 1024,
             "duration_seconds": None,
+            "content_policy_suspected": False,
             "deleted_at": None,
         }
     ],
@@ -170,6 +171,9 @@ class OutputView(BaseModel):
     width: int | None
     height: int | None
     duration_seconds: float | None = Field(description="How long it plays, where its file says so.")
+    content_policy_suspected: bool = Field(
+        description="All pixels have one colour: what some models make instead of refusing."
+    )
     deleted_at: datetime | None = Field(description="Since when: its retention time is over.")
 
 
@@ -272,5 +276,6 @@ def _output_view(output: Output, base_url: str, deleted_at: datetime | None) -> 
         width=output.width,
         height=output.height,
         duration_seconds=output.duration_seconds,
+        content_policy_suspected=output.content_policy_suspected,
         deleted_at=deleted_at,
     )

@@ -33,7 +33,7 @@ from app.errors import (
 )
 from app.jobs.charge import charged
 from app.jobs.models import Attempt, Job, JobPhase
-from app.jobs.outputs import DECODERS, OutputKeeper
+from app.jobs.outputs import OutputKeeper
 from app.jobs.reconcile import AttemptEnded, ReconcilePolicy, Reconciler
 from app.jobs.repository import (
     SUBMIT_WINDOW_SECONDS,
@@ -140,8 +140,6 @@ class Lifecycle:
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
         self._shelf = Shelf()
-        self._suspects = asyncio.Lock()
-        self._decoders = asyncio.Semaphore(DECODERS)
 
     async def run(
         self, job_id: UUID, worker_id: UUID, watch: RunWatch, *, at_once: bool = False
@@ -331,24 +329,15 @@ class Lifecycle:
 
     @asynccontextmanager
     async def _decoding(self, claim: Claim) -> AsyncIterator[None]:
-        """Have the row say that this job will have crashed the worker, if it does.
-
-        A job that may have done so before is decoded alone: whoever is counted twice is guilty.
-        """
+        """Have the row say that this job will have crashed the worker, if it does."""
         crash_count = claim.job.crash_count
-        is_suspect = crash_count > 0
-        async with AsyncExitStack() as turns:
-            if is_suspect:
-                await turns.enter_async_context(self._suspects)
-            for _ in range(DECODERS if is_suspect else 1):
-                await turns.enter_async_context(self._decoders)
-            await self._repository.begin_decoding(claim.lease, crash_count + 1)
-            try:
-                yield
-            finally:
-                # Three crashes that never were would fail the job.
-                end = self._repository.end_decoding
-                await _insistently(partial(end, claim.lease, crash_count))
+        await self._repository.begin_decoding(claim.lease, crash_count + 1)
+        try:
+            yield
+        finally:
+            # Three crashes that never were would fail the job.
+            end = self._repository.end_decoding
+            await _insistently(partial(end, claim.lease, crash_count))
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None

@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     func,
     text,
 )
@@ -200,13 +201,6 @@ class Attempt(SQLModel, table=True):
     # When the sweep may (again) try to stop it, should its job have ended without it.
     stop_at: datetime = Field(default=None, sa_column_kwargs={"server_default": func.now()})
 
-    def has_own_seed(self, given: object) -> bool:
-        """Tell whether we drew the input's seed, so that it is nobody else's; the client's `given`.
-
-        A client may give none in so many words, and a model may have no seed: both are null.
-        """
-        return given is None and self.input.get("seed") is not None
-
 
 class Output(SQLModel, table=True):
     """One stored file of a completed job; written in the same transaction as `completed`."""
@@ -224,6 +218,10 @@ class Output(SQLModel, table=True):
     width: int | None = None
     height: int | None = None
     duration_seconds: float | None = None
+    # Every pixel has the same colour: what some models make instead of refusing.
+    content_policy_suspected: bool = Field(
+        default=False, sa_column_kwargs={"server_default": false()}
+    )
 
 
 class DeletionKind(StrEnum):

@@ -21,6 +21,7 @@ from app.media.arrival import Arrival
 from app.media.decoder import Decoder
 from app.media.duration import duration_seconds
 from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.info import PictureInfo
 from app.media.png import PngCheck
 from app.media.whole import is_whole
 from app.providers.base import Prediction, Provider
@@ -28,8 +29,6 @@ from app.providers.outcome import is_address, output_values
 from app.storage.base import Storage, media_key, metadata_key
 
 MAX_OUTPUTS = 100
-# Decoding is CPU: more at once would only make each of them late.
-DECODERS = 2
 DECODE_MEMORY_BYTES = 120 << 20
 # After which pauses a host is asked again for a file that it does not have, or not as one.
 DOUBTS_SECONDS = (2.0, 8.0)
@@ -37,8 +36,7 @@ DOUBTS_SECONDS = (2.0, 8.0)
 log = structlog.get_logger(__name__)
 
 Decoding = Callable[[], AbstractAsyncContextManager[None]]
-Size = tuple[int, int]
-Decode = Callable[[Path, str], Awaitable[tuple[str, Size]]]
+Decode = Callable[[Path, str], Awaitable[tuple[str, PictureInfo]]]
 
 
 class OutputKeeper:
@@ -67,7 +65,8 @@ class OutputKeeper:
         self._store_original_format = store_original_format
         self._deadline_seconds = deadline_seconds
         self._downloads = asyncio.Semaphore(concurrency)
-        self._decodes = asyncio.Semaphore(DECODERS)
+        # One child decodes, one after the other: only whose turn it is may have crashed the worker.
+        self._decodes = asyncio.Lock()
 
     async def keep(
         self,
@@ -139,9 +138,9 @@ class OutputKeeper:
         """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                media_type, size = await self._fetch(value, path)
-            if media_type in sniff.PICTURES and size is None:
-                media_type, size = await decode(path, media_type)
+                media_type, picture = await self._fetch(value, path)
+            if media_type in sniff.PICTURES and picture is None:
+                media_type, picture = await decode(path, media_type)
             size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         except BadPicture as error:
             raise _refused("invalid_output", str(error)) from error
@@ -158,14 +157,15 @@ class OutputKeeper:
             media_type=media_type,
             size_bytes=size_bytes,
             sha256=sha256,
-            width=size[0] if size else None,
-            height=size[1] if size else None,
+            width=picture.size[0] if picture else None,
+            height=picture.size[1] if picture else None,
             duration_seconds=seconds,
+            content_policy_suspected=picture is not None and picture.is_one_colour,
         )
 
-    async def _fetch(self, value: Any, path: Path) -> tuple[str, Size | None]:
-        """Write one output to `path`; return its media type and, of a PNG, which is checked by
-        then, width and height.
+    async def _fetch(self, value: Any, path: Path) -> tuple[str, PictureInfo | None]:
+        """Write one output to `path`; return its media type and what a PNG, which is checked by
+        then, is.
         """
         png_check = PngCheck(self._max_pixels) if is_address(value) else None
         arrival = await asyncio.to_thread(Arrival, path, png_check)
@@ -194,8 +194,8 @@ class OutputKeeper:
 
     async def _decode(
         self, decoding: Decoding, parameters: str, path: Path, media_type: str
-    ) -> tuple[str, Size]:
-        """Make the picture what is kept; return its media type, width and height.
+    ) -> tuple[str, PictureInfo]:
+        """Make the picture what is kept; return its media type and what it is.
 
         One that is too large for the decoder stays what it is: it is paid for.
         """
@@ -209,7 +209,7 @@ class OutputKeeper:
                 if not await asyncio.to_thread(is_whole, path, media_type):
                     raise BadPicture from too_large
                 log.warning("picture_not_decoded", media_type=media_type, size=too_large.size)
-                return media_type, too_large.size
+                return media_type, PictureInfo(too_large.size)
 
     async def _put_metadata(
         self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from app.media import sniff
+from app.media.info import PictureInfo
 from app.media.png import SIGNATURE, PngCheck
 
 
@@ -29,16 +30,16 @@ class Arrival:
             self._png.feed(data)
         self._file.write(data)
 
-    def finish(self) -> tuple[int, int] | None:
-        """Return a PNG's width and height, and cut off what follows it; None for anything else.
+    def finish(self) -> PictureInfo | None:
+        """Return what a PNG is, and cut off what follows it; None for anything else.
 
         Raises: BadPicture - a PNG, and not whole; OSError.
         """
         if self._png is None:
             return None
-        size = self._png.finish()
+        info = self._png.finish()
         self._file.truncate(self._png.size_bytes)
-        return size
+        return info
 
     def close(self) -> None:
         """Raises: OSError."""

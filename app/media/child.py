@@ -19,9 +19,10 @@ from PIL import Image
 from app.media import picture, thumbnail
 from app.media.decoder import OUT_OF_MEMORY, READY
 from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.info import PictureInfo
 from app.media.picture import Limits
 
-TASKS: dict[str, Callable[..., tuple[int, int]]] = {
+TASKS: dict[str, Callable[..., PictureInfo]] = {
     "make_png": picture.make_png,
     "verify": picture.verify,
     "make_thumbnail": thumbnail.make,
@@ -60,7 +61,7 @@ def _serve(requests: BinaryIO, answers: FileIO, limits: Limits) -> None:
 def _answer(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     try:
         task = TASKS[request["task"]]
-        size = task(Path(request["path"]), limits, *request["arguments"])
+        info = task(Path(request["path"]), limits, *request["arguments"])
     except TooLargeToDecode as error:
         return {"too_large": error.size}
     except BadPicture as error:
@@ -69,7 +70,7 @@ def _answer(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
         return {"errno": error.errno, "strerror": error.strerror}
     except MemoryError:
         sys.exit(OUT_OF_MEMORY)
-    return {"size": size}
+    return {"size": info.size, "is_one_colour": info.is_one_colour}
 
 
 def _limit_memory(memory_bytes: int) -> None:

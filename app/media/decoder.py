@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.info import PictureInfo
 
 ROOT = Path(__file__).parents[2]
 CHILD = "app.media.child"  # by its name: Pillow and the like are for the child alone
@@ -25,8 +26,6 @@ OUT_OF_MEMORY = 3  # its exit status
 # The child measures its own CPU time; this is for one that is stopped or waits for a dead disk.
 ANSWER_SECONDS = 30.0
 END_SECONDS = 1.0
-
-Size = tuple[int, int]
 
 
 class DecoderFailed(Exception):
@@ -50,7 +49,7 @@ class Decoder:
         """The child's process id, when there is one."""
         return self._child.pid if self._child else None
 
-    def make_png(self, path: Path, parameters: str) -> Size:
+    def make_png(self, path: Path, parameters: str) -> PictureInfo:
         """See `picture.make_png`; blocking, for about 5 seconds of CPU time at most.
 
         Raises: BadPicture - also when it takes too much time, or kills the decoder;
@@ -58,19 +57,19 @@ class Decoder:
         """
         return self._decode("make_png", path, parameters)
 
-    def verify(self, path: Path) -> Size:
+    def verify(self, path: Path) -> PictureInfo:
         """See `picture.verify`; otherwise as `make_png`."""
         return self._decode("verify", path)
 
-    def make_thumbnail(self, path: Path, size: int) -> Size:
+    def make_thumbnail(self, path: Path, size: int) -> PictureInfo:
         """See `thumbnail.make`; otherwise as `make_png`: there is none of what is too large."""
         return self._decode("make_thumbnail", path, size)
 
-    def _decode(self, task: str, path: Path, *arguments: str | int) -> Size:
+    def _decode(self, task: str, path: Path, *arguments: str | int) -> PictureInfo:
         request = {"task": task, "path": str(path.absolute()), "arguments": arguments}
         with self._turn:
             answer = self._ask(request) or self._ask(request, is_last=True)
-        return _size(answer)
+        return _info(answer)
 
     def _ask(self, request: dict[str, Any], *, is_last: bool = False) -> dict[str, Any]:
         """Return the answer, or an empty one if the child died of something else than the time.
@@ -97,7 +96,7 @@ class Decoder:
         return {}
 
 
-def _size(answer: dict[str, Any]) -> Size:
+def _info(answer: dict[str, Any]) -> PictureInfo:
     if "too_large" in answer:
         raise TooLargeToDecode(*answer["too_large"])
     if "refused" in answer:
@@ -105,7 +104,7 @@ def _size(answer: dict[str, Any]) -> Size:
     if "errno" in answer:
         raise OSError(answer["errno"], answer["strerror"])
     width, height = answer["size"]
-    return width, height
+    return PictureInfo((width, height), answer["is_one_colour"])
 
 
 class _Child:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import AvifImagePlugin, Image, ImageSequence
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, ImageSequence
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 
 from app.media import webp
 from app.media.encode import write_png
 from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.info import PictureInfo
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
 # The most that decoding held of a pixel, with Pillow 13. MPO: several JPEGs in one file.
@@ -25,6 +26,7 @@ _ANIMATED_BYTES = 13.0  # of a GIF: the frame before, this one, and what is comm
 _CMYK_BYTES = 4.1  # once more, when it becomes RGB
 _PROGRESSIVE_BYTES = 6.2  # libjpeg holds every coefficient
 _CONVERTED_BYTES = 6.0  # when a PNG with transparency, or of 16 bits, becomes smaller
+_TURNED_BYTES = 4.1  # once more, when it is turned upright
 _READ_WHOLE = ("WEBP", "AVIF")
 _SPARE_BYTES = 8 << 20
 
@@ -40,8 +42,8 @@ class Limits:
     memory_bytes: int
 
 
-def make_png(path: Path, limits: Limits, parameters: str = "") -> tuple[int, int]:
-    """Decode the picture in `path` completely and make the file a PNG; return (width, height).
+def make_png(path: Path, limits: Limits, parameters: str = "") -> PictureInfo:
+    """Decode the picture in `path` completely and make the file a PNG; return what it is.
 
     Of an animation the first frame stays. The PNG carries `parameters` as text.
     Blocking: tens of milliseconds for a megapixel.
@@ -53,24 +55,49 @@ def make_png(path: Path, limits: Limits, parameters: str = "") -> tuple[int, int
     try:
         with blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
             decoded = _first_frame(file, limits)
+            turn_upright(decoded)
             write_png(decoded, png_file, parameters)
         converted.replace(path)
     finally:
         converted.unlink(missing_ok=True)
-    return decoded.size
+    return info_of(decoded)
 
 
-def verify(path: Path, limits: Limits) -> tuple[int, int]:
+def verify(path: Path, limits: Limits) -> PictureInfo:
     """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
     with blaming_the_picture(), path.open("rb") as file, open_picture(file, limits) as picture:
+        colours = set()
         for frame in ImageSequence.Iterator(picture):
             frame.load()
-        return picture.size
+            colours.add(_only_colour(frame))
+        return PictureInfo(picture.size, None not in colours and len(colours) == 1)
+
+
+def turn_upright(picture: Image.Image) -> None:
+    """Turn a loaded picture as its EXIF says, in place: what is made of it has no EXIF.
+
+    Raises: MemoryError.
+    """
+    with _sparing_the_picture():
+        ImageOps.exif_transpose(picture, in_place=True)
+
+
+def info_of(picture: Image.Image) -> PictureInfo:
+    """Return what a loaded picture is."""
+    return PictureInfo(picture.size, _only_colour(picture) is not None)
+
+
+def _only_colour(picture: Image.Image) -> object:
+    """Look at the pixels, up to the first that differs, without a copy of any; None if one does."""
+    found = picture.getcolors(1)
+    return found[0][1] if found else None
 
 
 def _first_frame(file: BinaryIO, limits: Limits) -> Image.Image:
     """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
     with open_picture(file, limits) as picture:
+        if _is_turned(picture):
+            _admit(picture.size, _pixel_bytes(picture) + _TURNED_BYTES, 0, limits)
         picture.load()  # verify() accepts half a JPEG, load() does not
         return picture._new(picture.im)
 
@@ -103,12 +130,30 @@ def _pixel_bytes(picture: ImageFile) -> float:
     return needed
 
 
+def _is_turned(picture: ImageFile) -> bool:
+    orientation: object = 1
+    with _sparing_the_picture():
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation != 1
+
+
 def _admit(size: tuple[int, int], pixel_bytes: float, held_bytes: int, limits: Limits) -> None:
     pixels = size[0] * size[1]
     if pixels > limits.max_pixels:
         raise BadPicture("The picture has too many pixels.")
     if pixels * pixel_bytes + held_bytes + _SPARE_BYTES > limits.memory_bytes:
         raise TooLargeToDecode(*size)
+
+
+@contextmanager
+def _sparing_the_picture() -> Iterator[None]:
+    """Whatever is wrong with its EXIF, which anybody may have written, the picture is not."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:
+        return
 
 
 @contextmanager

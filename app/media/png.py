@@ -8,7 +8,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from app.media.colour import OneColourCheck
 from app.media.errors import BadPicture
+from app.media.info import PictureInfo
 
 T = TypeVar("T")
 
@@ -46,36 +48,36 @@ class PngCheck:
         self._walk = _walk(max_pixels)
         self._wanted_bytes = next(self._walk)
         self._held = b""
-        self._size: tuple[int, int] | None = None
+        self._info: PictureInfo | None = None
         self.size_bytes = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the file. Raises: BadPicture."""
         held = memoryview(self._held + data)
-        while self._size is None and len(held) >= self._wanted_bytes:
+        while self._info is None and len(held) >= self._wanted_bytes:
             piece, held = held[: self._wanted_bytes], held[self._wanted_bytes :]
             self.size_bytes += len(piece)
             try:
                 self._wanted_bytes = self._walk.send(bytes(piece))
             except StopIteration as end:
-                self._size = end.value
-        self._held = b"" if self._size else bytes(held)
+                self._info = end.value
+        self._held = b"" if self._info else bytes(held)
 
-    def finish(self) -> tuple[int, int]:
-        """Return (width, height); `size_bytes` is where the picture ends in what was fed.
+    def finish(self) -> PictureInfo:
+        """Return what the picture is; `size_bytes` is where it ends in what was fed.
 
         What followed is nobody's business. Raises: BadPicture - the picture is not whole.
         """
-        if self._size is None:
+        if self._info is None:
             raise BadPicture
-        return self._size
+        return self._info
 
 
 # What is under way says how many bytes it needs next, and is given them.
 _Walk = Generator[int, bytes, T]
 
 
-def _walk(max_pixels: int) -> _Walk[tuple[int, int]]:
+def _walk(max_pixels: int) -> _Walk[PictureInfo]:
     if (yield len(SIGNATURE)) != SIGNATURE:
         raise BadPicture
     header = yield from _first_chunk()
@@ -89,7 +91,7 @@ def _walk(max_pixels: int) -> _Walk[tuple[int, int]]:
         order.admit(kind)
         yield from _chunk_body(kind, length, rows.feed if kind == b"IDAT" else _ignore)
     rows.finish()
-    return header.width, header.height
+    return PictureInfo((header.width, header.height), rows.colour.holds)
 
 
 def _first_chunk() -> _Walk["_Header"]:
@@ -174,6 +176,8 @@ class _Rows:
     def __init__(self, header: _Header) -> None:
         self._inflater = zlib.decompressobj()
         self._passes = header.passes()
+        _, row_bytes = next(header.passes())
+        self.colour = OneColourCheck(row_bytes, header.bits_per_pixel, interlaced=header.interlaced)
         self._row_bytes = 1
         self._left_bytes = 0  # of this pass
         self._filter_at = 0  # bytes to the next row's beginning
@@ -201,6 +205,10 @@ class _Rows:
             raise BadPicture from error
 
     def _take(self, rows: bytes) -> None:
+        self._count(rows)
+        self.colour.feed(rows)
+
+    def _count(self, rows: bytes) -> None:
         while rows:
             if not self._left_bytes:
                 self._begin_pass()

@@ -5,15 +5,23 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from app.media.picture import FORMATS, Limits, blaming_the_picture, open_picture
+from app.media.info import PictureInfo
+from app.media.picture import (
+    FORMATS,
+    Limits,
+    blaming_the_picture,
+    info_of,
+    open_picture,
+    turn_upright,
+)
 
 QUALITY = 80
 # What can be made smaller as it is; palettes and the like would lose their colours.
 SMOOTH = ("RGB", "RGBA", "L", "LA")
 
 
-def make(path: Path, limits: Limits, size: int) -> tuple[int, int]:
-    """Make the picture in `path` a WebP of at most `size` pixels each way; return its size.
+def make(path: Path, limits: Limits, size: int) -> PictureInfo:
+    """Make the picture in `path` a WebP of at most `size` pixels each way; return what it is.
 
     Never enlarged. The same picture always gives the same bytes. Raises: BadPicture - it cannot be
     decoded, or is too large; OSError and MemoryError when it is not the picture's fault.
@@ -23,11 +31,12 @@ def make(path: Path, limits: Limits, size: int) -> tuple[int, int]:
     try:
         with blaming_the_picture(), path.open("rb") as file:
             small = _small(file, limits, size)
+            turn_upright(small)
             small.save(smaller, "WEBP", quality=QUALITY)
         smaller.replace(path)
     finally:
         smaller.unlink(missing_ok=True)
-    return small.size
+    return info_of(small)
 
 
 def _small(file: BinaryIO, limits: Limits, size: int) -> Image.Image:

@@ -315,7 +315,7 @@ PERMANENT: dict[str, tuple[dict[str, Any], str]] = {
 def test_f18_permanent_errors_fail_at_once(start_stack: StartStack, scenario: Scenario) -> None:
     """400, 401, 402, 403, 404, 422, an NSFW text and a black picture, 25 each: one create each.
 
-    The right `error_code`, and failed within 5 s; a black picture is paid for, so it is kept.
+    The right `error_code`, and failed within 5 s; a black picture is paid for: kept, and marked.
     """
     stack = start_stack()
     each = sized(4, 25)
@@ -326,6 +326,7 @@ def test_f18_permanent_errors_fail_at_once(start_stack: StartStack, scenario: Sc
     stack.post(each, words="black")
     stack.wait_until_done()
     assert {job["status"] for job in jobs_about(stack, "black")} == {"completed"}
+    assert stack.query("SELECT content_policy_suspected FROM outputs") == [(True,)] * each
     for words, (_, code) in PERMANENT.items():
         jobs = jobs_about(stack, words)
         assert [(job["status"], job["error_code"]) for job in jobs] == [("failed", code)] * each

@@ -56,6 +56,7 @@ class TestStatus:
             "width": 64,
             "height": 48,
             "duration_seconds": None,
+            "content_policy_suspected": False,
             "deleted_at": None,
         }
 

@@ -18,6 +18,7 @@ from app.api import recent
 from app.api.deps import Services
 from app.config import Settings
 from app.media.decoder import Decoder
+from app.media.info import PictureInfo
 from app.storage.base import THUMBNAIL_SIZES, media_key, thumbnail_key
 from scripts.nginx import Nginx, installed
 from tests.e2e.service import Service, free_port
@@ -255,7 +256,7 @@ class TestThumbnails:
         made: list[int] = []
         make = Decoder.make_thumbnail
 
-        def counted(self: Decoder, path: Path, size: int) -> tuple[int, int]:
+        def counted(self: Decoder, path: Path, size: int) -> PictureInfo:
             made.append(size)
             return make(self, path, size)
 
@@ -290,9 +291,9 @@ class TestThumbnails:
     async def test_other_requests_are_answered_meanwhile(
         self, client: httpx2.AsyncClient, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def slow(_: Decoder, path: Path, size: int) -> tuple[int, int]:
+        def slow(_: Decoder, path: Path, size: int) -> PictureInfo:
             time.sleep(0.3)
-            return size, size
+            return PictureInfo((size, size))
 
         monkeypatch.setattr(Decoder, "make_thumbnail", slow)
         ids = [(await jobs.completed(picture())).id for _ in range(3)]

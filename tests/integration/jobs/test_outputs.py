@@ -32,6 +32,7 @@ from app.providers.mock import MockProvider
 from app.providers.replicate import ReplicateProvider
 from app.storage.local import LocalStorage
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -165,7 +166,11 @@ def _doubts_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def provider(replicate_server: ReplicateServer) -> AsyncIterator[ReplicateProvider]:
     made = ReplicateProvider(
-        replicate_server.token, replicate_server.origin, timeout_seconds=5, prefer_wait_seconds=0
+        replicate_server.token,
+        replicate_server.origin,
+        timeout_seconds=5,
+        prefer_wait_seconds=0,
+        governor=Ungoverned(),
     )
     yield made
     await made.aclose()
@@ -309,6 +314,34 @@ class TestPictures:
         assert kept.files() == seen
 
 
+class TestOneColour:
+    """What some models make instead of refusing: it is paid for and kept, and marked."""
+
+    async def test_a_png_is_marked_and_keeps_every_byte(self, kept: Kept) -> None:
+        given = encoded(Image.new("RGB", (300, 300)))
+        row, stored = await kept.one(data_url(given))
+        assert (row.content_policy_suspected, stored) == (True, given)
+        [output] = kept.document()["outputs"]
+        assert output["content_policy_suspected"] is True
+
+    @pytest.mark.parametrize("pillow_format", ["JPEG", "WEBP", "GIF", "AVIF"])
+    async def test_so_is_any_other(self, kept: Kept, pillow_format: str) -> None:
+        colour = Image.new("RGB", (300, 300), (90, 90, 90))
+        row, _ = await kept.one(data_url(encoded(colour, pillow_format)))
+        assert row.content_policy_suspected
+
+    async def test_one_pixel_makes_the_difference(self, kept: Kept) -> None:
+        nearly = Image.new("RGB", (300, 300))
+        nearly.putpixel((299, 299), (0, 0, 1))
+        row, _ = await kept.one(data_url(encoded(nearly)))
+        assert not row.content_policy_suspected
+
+    async def test_in_its_own_format_too(self, provider: ReplicateProvider, tmp_path: Path) -> None:
+        kept = new_keeper(provider, tmp_path, store_original_format=True)
+        row, _ = await kept.one(data_url(encoded(Image.new("RGB", (300, 300)), "WEBP")))
+        assert (row.media_type, row.content_policy_suspected) == ("image/webp", True)
+
+
 class TestOriginalFormat:
     @pytest.fixture
     def kept(self, provider: ReplicateProvider, tmp_path: Path) -> Kept:
@@ -378,6 +411,7 @@ class TestMetadata:
                     "width": 61,
                     "height": 47,
                     "duration_seconds": None,
+                    "content_policy_suspected": False,
                 }
             ],
         }

@@ -58,7 +58,8 @@ def arrive(
     try:
         for at in range(0, len(content), piece_bytes):
             arrival.write(content[at : at + piece_bytes])
-        return arrival.finish()
+        info = arrival.finish()
+        return info.size if info else None
     finally:
         arrival.close()
 
@@ -115,7 +116,7 @@ def _good_pngs() -> Iterator[Sample]:
     yield _png("very high", encoded(noise(size=(1, 9000)), "PNG"), size=(1, 9000))
     yield _png("exactly the limit", encoded(Image.new("L", (1000, 1000)), "PNG"), size=(1000, 1000))
     for width, height in ((1, 1), (3, 2), (5, 5), (8, 8), (61, 47)):
-        yield _png(f"interlaced {width}x{height}", _interlaced(width, height), size=(width, height))
+        yield _png(f"interlaced {width}x{height}", interlaced(width, height), size=(width, height))
     split = zlib.compress(ROWS)
     parts = b"".join(chunk(b"IDAT", split[at : at + 1]) for at in range(len(split)))
     single = SIGNATURE + ihdr(8, 8) + parts + chunk(b"IDAT") + chunk(b"IEND")
@@ -245,11 +246,12 @@ def _with_pixels(data: bytes, *, apart: bool = False) -> bytes:
     return SIGNATURE + ihdr(8, 8) + pixels + chunk(b"IEND")
 
 
-def _interlaced(width: int, height: int) -> bytes:
-    """Return an Adam7 PNG; Pillow writes none. Black, and of the size that Pillow reads."""
+def interlaced(width: int, height: int, value: int = 0) -> bytes:
+    """Return an Adam7 PNG, of one colour; Pillow writes none. Of the size that Pillow reads."""
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
     rows = b""
     for column, row, right, down in (*passes, (0, 1, 1, 2)):
         across = len(range(column, width, right))
-        rows += bytes(1 + 3 * across) * len(range(row, height, down)) if across else b""
+        pixels = b"\0" + bytes([value]) * 3 * across
+        rows += pixels * len(range(row, height, down)) if across else b""
     return grey_png(rows, header=ihdr(width, height, 8, 2, 0, 0, 1))

@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 
 from app.media import child, picture
 from app.media.errors import BadPicture
+from app.media.info import PictureInfo
 
 make_png = picture.make_png
 
 
-def hurt(path: Path, *arguments: Any) -> tuple[int, int]:
+def hurt(path: Path, *arguments: Any) -> PictureInfo:
     """Do as the first word says, or else be the true one."""
     match path.read_bytes()[:20].split():
         case [b"DIE", number, *_]:

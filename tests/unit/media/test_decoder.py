@@ -104,9 +104,9 @@ class TestCorpus:
         self, shared: Decoder, write: Write, sample: Sample
     ) -> None:
         path = write(sample.content)
-        assert shared.verify(path) == sample.size
+        assert shared.verify(path).size == sample.size
         assert path.read_bytes() == sample.content
-        assert shared.make_png(path, "{}") == sample.size
+        assert shared.make_png(path, "{}").size == sample.size
         stored = path.read_bytes()
         with Image.open(BytesIO(stored)) as found, Image.open(BytesIO(sample.content)) as given:
             assert (found.format, found.size) == ("PNG", sample.size)
@@ -128,6 +128,23 @@ class TestCorpus:
         with Image.open(path) as picture:
             picture.load()
 
+    @pytest.mark.parametrize("pillow_format", ["JPEG", "WEBP", "GIF", "AVIF"])
+    def test_one_colour_is_told_from_any_other_picture(
+        self, shared: Decoder, write: Write, pillow_format: str
+    ) -> None:
+        content, _ = black(pillow_format, 200)
+        assert shared.verify(write(content)).is_one_colour
+        assert shared.make_png(write(content), "").is_one_colour
+        assert not shared.verify(write(self._blinking())).is_one_colour
+        content = encoded(noise(), pillow_format)
+        assert not shared.verify(write(content)).is_one_colour
+        assert not shared.make_png(write(content), "").is_one_colour
+
+    def _blinking(self) -> bytes:
+        """Return an animation whose frames have one colour each, and not the same."""
+        frames = [Image.new("RGB", (200, 200), colour) for colour in ("red", "blue")]
+        return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
     def test_every_frame_is_verified(self, shared: Decoder, write: Write) -> None:
         """Of an animation that becomes a PNG, the first frame is all that matters."""
         frames = {"save_all": True, "append_images": [noise().rotate(180)]}
@@ -135,7 +152,7 @@ class TestCorpus:
         path = write(content[: int(len(content) * 0.9)])
         with pytest.raises(BadPicture):
             shared.verify(path)
-        assert shared.make_png(path, "") == SIZE
+        assert shared.make_png(path, "").size == SIZE
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited on Linux only")
@@ -155,7 +172,7 @@ class TestMemory:
                 assert path.read_bytes() == content
         grown = 0
         for content, size in large:
-            assert used.make_png(write(content), "") == size
+            assert used.make_png(write(content), "").size == size
             grown = max(grown, resident_bytes(child_pid(used), "VmHWM"))
         grown += resident_bytes(os.getpid()) - before
         assert grown < GROWTH_BYTES
@@ -166,14 +183,14 @@ class TestMemory:
         used = Decoder(max_pixels=50_000_000, memory_bytes=32 << 20)
         with pytest.raises(TooLargeToDecode):
             used.verify(write(encoded(still, "GIF", **frames)))
-        assert used.verify(write(encoded(still, "GIF"))) == (2000, 2000)
+        assert used.verify(write(encoded(still, "GIF"))).size == (2000, 2000)
 
     def test_a_thumbnail_is_not_tried_of_what_is_too_large(self, write: Write) -> None:
         clear, plain = (Image.new(mode, (2000, 2000)) for mode in ("RGBA", "RGB"))
         used = Decoder(max_pixels=50_000_000, memory_bytes=32 << 20)
         with pytest.raises(TooLargeToDecode):
             used.make_thumbnail(write(encoded(clear, "PNG")), 128)
-        assert used.make_thumbnail(write(encoded(plain, "PNG")), 128) == (128, 128)
+        assert used.make_thumbnail(write(encoded(plain, "PNG")), 128).size == (128, 128)
 
 
 class TestDeath:
@@ -183,37 +200,37 @@ class TestDeath:
     ) -> None:
         with pytest.raises(BadPicture, match="damaged"):
             deadly.make_png(write(b"DIE %2d" % number), "")
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
 
     def test_one_that_was_killed_by_something_else_is_tried_again(
         self, deadly: Decoder, write: Write
     ) -> None:
         path = write(b"DIE-ONCE".ljust(20) + JPEG)
-        assert deadly.make_png(path, "") == SIZE
+        assert deadly.make_png(path, "").size == SIZE
         os.kill(child_pid(deadly), signal.SIGKILL)
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
 
     def test_one_that_takes_too_long_is_refused(self, deadly: Decoder, write: Write) -> None:
         began = time.monotonic()
         with pytest.raises(BadPicture, match="too long"):
             deadly.make_png(write(b"SPIN"), "")
         assert time.monotonic() - began < child.CPU_SECONDS
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
 
     def test_one_that_takes_too_much_memory_is_refused(self, deadly: Decoder, write: Write) -> None:
         with pytest.raises(BadPicture, match="too much memory"):
             deadly.make_png(write(b"EAT"), "")
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
 
     def test_a_silent_decoder_is_not_the_pictures_fault(
         self, deadly: Decoder, write: Write, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
         with monkeypatch.context() as patch:
             patch.setattr(decoder, "ANSWER_SECONDS", 0.3)
             with pytest.raises(DecoderFailed, match="does not answer"):
                 deadly.make_png(write(b"SLEEP"), "")
-        assert deadly.make_png(write(JPEG), "") == SIZE
+        assert deadly.make_png(write(JPEG), "").size == SIZE
 
     def test_nor_is_one_that_does_not_start(
         self, write: Write, monkeypatch: pytest.MonkeyPatch
@@ -231,7 +248,7 @@ class TestDeath:
     def test_a_child_is_replaced_now_and_then(self, deadly: Decoder, write: Write) -> None:
         seen = set()
         for _ in range(7):
-            assert deadly.make_png(write(JPEG), "") == SIZE
+            assert deadly.make_png(write(JPEG), "").size == SIZE
             seen.add(child_pid(deadly))
         assert len(seen) == 3
 
@@ -252,7 +269,7 @@ class TestProcess:
         pid = child_pid(shared)
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(pid, number)
-        assert shared.make_png(write(JPEG), "") == SIZE
+        assert shared.make_png(write(JPEG), "").size == SIZE
         assert child_pid(shared) == pid
 
     def test_ends_with_its_decoder(self, write: Write) -> None:
@@ -281,14 +298,14 @@ class TestProcess:
     def test_knows_any_name(self, shared: Decoder, tmp_path: Path) -> None:
         path = tmp_path / 'ünï"c\nödé 🌅'
         path.write_bytes(JPEG)
-        assert shared.make_png(path, "") == SIZE
+        assert shared.make_png(path, "").size == SIZE
         assert path.read_bytes().startswith(b"\x89PNG")
 
     def test_serves_any_number_of_threads(self, shared: Decoder, tmp_path: Path) -> None:
         def convert(number: int) -> tuple[int, int]:
             path = tmp_path / str(number)
             path.write_bytes(encoded(noise(size=(40 + number, 30)), "JPEG"))
-            return shared.make_png(path, "x" * 200_000)
+            return shared.make_png(path, "x" * 200_000).size
 
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(convert, range(24)))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
-from app.media.errors import BadPicture
-from app.media.picture import Limits, make_png
+from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.picture import Limits, make_png, verify
 
 LIMITS = Limits(1_000_000, 120 << 20)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -54,7 +54,7 @@ class TestOthers:
         content = encoded(image, pillow_format, **options)
         path.write_bytes(content)
 
-        assert make_png(path, LIMITS) == (61, 47)
+        assert make_png(path, LIMITS).size == (61, 47)
 
         assert path.read_bytes().startswith(SIGNATURE)
         with Image.open(path) as stored, Image.open(BytesIO(content)) as given:
@@ -63,6 +63,40 @@ class TestOthers:
             assert stored.convert(wanted).tobytes() == given.convert(wanted).tobytes()
             if options.get("lossless"):
                 assert stored.tobytes() == image.tobytes()
+
+    @pytest.mark.parametrize("pillow_format", ["JPEG", "WEBP", "AVIF"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_stand_upright_as_their_exif_says(
+        self, path: Path, pillow_format: str, orientation: int
+    ) -> None:
+        """A PNG has no such note: turned as it lies it would stay."""
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        content = encoded(noise("RGB"), pillow_format, exif=exif)
+        path.write_bytes(content)
+        info = make_png(path, LIMITS)
+        assert info.size == ((61, 47) if orientation < 5 else (47, 61))
+        with Image.open(path) as stored, Image.open(BytesIO(content)) as given:
+            assert stored.size == info.size
+            assert stored.tobytes() == ImageOps.exif_transpose(given).convert("RGB").tobytes()
+
+    @pytest.mark.filterwarnings("ignore")  # as the child has it
+    @pytest.mark.parametrize("note", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"noise" * 9])
+    def test_whatever_is_wrong_with_their_exif(self, path: Path, note: bytes) -> None:
+        path.write_bytes(encoded(noise("RGB"), "JPEG", exif=note))
+        assert make_png(path, LIMITS).size == (61, 47)
+
+    def test_turning_takes_memory_as_well(self, path: Path) -> None:
+        picture = Image.new("RGB", (1000, 1000))
+        enough = Limits(10**6, int(4.2 * 10**6) + (8 << 20))
+        path.write_bytes(encoded(picture, "JPEG"))
+        assert make_png(path, enough).size == (1000, 1000)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        path.write_bytes(encoded(picture, "JPEG", exif=exif))
+        with pytest.raises(TooLargeToDecode):
+            make_png(path, enough)
+        assert verify(path, enough).size == (1000, 1000)  # as it lies
 
     def test_cmyk_becomes_rgb_without_the_cmyk_profile(self, path: Path) -> None:
         content = encoded(noise("CMYK"), "JPEG", icc_profile=b"profile of a printing press")

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from app.media import thumbnail
 from app.media.errors import BadPicture
@@ -26,7 +26,7 @@ def small_of(path: Path, size: int) -> Image.Image:
     """Make the file a thumbnail; return it."""
     found = thumbnail.make(path, LIMITS, size)
     small = Image.open(io.BytesIO(path.read_bytes()))
-    assert small.size == found
+    assert small.size == found.size
     return small
 
 
@@ -72,6 +72,18 @@ def test_a_small_picture_is_not_enlarged(tmp_path: Path) -> None:
 def test_a_line_keeps_a_pixel(size: tuple[int, int], tmp_path: Path) -> None:
     small = small_of(save(RGB.resize(size), tmp_path / "a.png"), 128)
     assert (max(small.size), min(small.size)) == (128, 1)
+
+
+def test_it_stands_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned to the right
+    RGB.save(tmp_path / "a.jpg", exif=exif)
+    small = small_of(tmp_path / "a.jpg", 256)
+    assert small.size == (154, 256)
+    upright = small_of(save(RGB.rotate(-90, expand=True), tmp_path / "b.jpg"), 256)
+    for at in ((10, 10), (77, 128), (150, 250)):
+        for value, wanted in zip(small.getpixel(at), upright.getpixel(at), strict=True):  # type: ignore[arg-type]
+            assert abs(value - wanted) < 24
 
 
 def test_of_an_animation_it_is_the_first_picture(tmp_path: Path) -> None:
