@@ -11,8 +11,9 @@ from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
 from app.jobs.models import Attempt, AttemptState
+from app.jobs.reconcile import asked_for
 from app.providers.answers import read_prediction
-from app.providers.base import Prediction, PredictionRequest, may_be
+from app.providers.base import Prediction, may_be
 from app.tasks.wakeups import wake
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])
@@ -92,7 +93,4 @@ async def _speaks_of(app: Services, attempt: Attempt, prediction: Prediction) ->
     if attempt.prediction_id is not None:
         return attempt.prediction_id == prediction.id
     job = await app.repository.get(attempt.job_id)
-    given = job.parameters.get("seed") if job else None
-    own_seed = attempt.has_own_seed(given)
-    request = PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=own_seed)
-    return may_be(prediction, request)
+    return may_be(prediction, asked_for(attempt, job.parameters.get("seed") if job else None))

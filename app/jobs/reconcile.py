@@ -90,6 +90,15 @@ class _Silence:
         return now - self._since
 
 
+def asked_for(attempt: Attempt, given_seed: object) -> PredictionRequest:
+    """Return what an attempt asked for, to look for it; `given_seed` is the client's, or None.
+
+    A seed that we have drawn is nobody else's. A model may have none: that is null as well.
+    """
+    is_ours = given_seed is None and attempt.input.get("seed") is not None
+    return PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=is_ours)
+
+
 class Reconciler:
     """Resolves intents; one instance serves every job of the process."""
 
@@ -149,12 +158,7 @@ class Reconciler:
         known = await self._repository.attempt(attempt.id)
         if known is not None and known.prediction_id is not None:  # by the provider's report
             return Prediction(known.prediction_id, "starting", known.model_name, known.input)
-        request = PredictionRequest(
-            attempt.model_name,
-            attempt.input,
-            0,
-            has_own_seed=attempt.has_own_seed(claim.job.parameters.get("seed")),
-        )
+        request = asked_for(attempt, claim.job.parameters.get("seed"))
         found = await self._find(attempt, request, age)
         for prediction in found:
             if not is_of(prediction, request):

@@ -16,10 +16,11 @@ from app import clock
 from app.errors import FailureClass, ProviderError
 from app.jobs.charge import charged
 from app.jobs.models import Charged
+from app.jobs.reconcile import asked_for
 from app.jobs.repository import JobRepository, Lease, Orphan, Settlement
 from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
-from app.providers.base import Prediction, PredictionRequest, Provider, is_of
+from app.providers.base import Prediction, Provider, is_of
 from app.storage.base import Storage
 
 BATCH = 500
@@ -34,6 +35,8 @@ ORPHAN_PATIENCE_SECONDS = 120.0
 ORPHAN_MEMORY_SECONDS = 3600.0
 # Jobs that have begun are run without a message when theirs is not heard for so long.
 UNHEARD_SECONDS = 3.0
+# New ones by a worker that is idle; seldom, as each of them may have its message yet.
+UNHEARD_NEW_SECONDS = 10.0
 RESUMES_AT_ONCE = 50
 # With so many in line here, jobs that begin again are left to other workers, or to their message.
 AGAIN_TARGET = 1000
@@ -74,8 +77,8 @@ class Doorbell(Protocol):
 class Runs(Protocol):
     """The runs of this process."""
 
-    def waiting(self) -> int:
-        """Return how many jobs wait for their turn to be begun."""
+    def waiting(self) -> Collection[UUID]:
+        """Return the jobs that wait for their turn to be begun."""
         ...
 
     def resuming(self) -> Collection[UUID]:
@@ -233,7 +236,7 @@ class Recovery:
         but a few are always sent, for a message may be lost while the queue stays long.
         """
         waiting = await self._ask_broker(self._doorbell.queue_length)
-        has_room = self._runs.waiting() < LINE_TARGET
+        has_room = len(self._runs.waiting()) < LINE_TARGET
         room = min(BATCH, QUEUE_TARGET - waiting) if has_room else 0
         due = await self._repository.due(max(room, RINGS_AT_LEAST))
         if not due:
@@ -254,17 +257,30 @@ class Recovery:
         return answer
 
     async def begin_unrung(self) -> None:
-        """While the broker is away, begin jobs without a message, as many as there is room for."""
-        if not self._broker_answers and self._room() > 0:
-            self._begin(await self._repository.due(self._room()))
+        """While the broker is away, begin jobs without a message, as many as there is room for.
+
+        Also if it is there, but new jobs stay where they are although this worker has little to
+        do: somebody takes the messages, or the consumer has stalled and does not know it.
+        """
+        room = self._room()
+        if not self._broker_answers and room > 0:
+            self._begin(await self._repository.due(room))
+        elif room > 0 and self._is_idle():
+            self._begin(await self._repository.unheard_new(UNHEARD_NEW_SECONDS, room))
+
+    def _is_idle(self) -> bool:
+        return not self._runs.waiting() and 2 * len(self._runs.job_ids()) < self._concurrency
 
     def _begin(self, job_ids: Sequence[UUID]) -> None:
-        for job_id in job_ids[: max(0, self._room())]:
+        self._start(job_ids[: max(0, self._room())])
+
+    def _start(self, job_ids: Collection[UUID]) -> None:
+        for job_id in job_ids:
             log.info("job_begun_without_message", job_id=str(job_id))
             self._runs.start(job_id, at_once=False)
 
     def _room(self) -> int:
-        waiting, begun = self._runs.waiting(), len(self._runs.job_ids())
+        waiting, begun = len(self._runs.waiting()), len(self._runs.job_ids())
         return min(LINE_TARGET - waiting, self._concurrency - waiting - begun)
 
     async def resume_unheard(self) -> None:
@@ -288,11 +304,11 @@ class Recovery:
 
         Retries that are due, and what lost its worker before anything was paid.
         """
-        if self._runs.waiting() < AGAIN_TARGET:
+        waiting = self._runs.waiting()
+        if len(waiting) < AGAIN_TARGET:
             limit = RESUMES_AT_ONCE
-            for job_id in await self._repository.unheard(UNHEARD_SECONDS, limit, paid=False):
-                log.info("job_begun_without_message", job_id=str(job_id))
-                self._runs.start(job_id, at_once=False)
+            unheard = await self._repository.unheard(UNHEARD_SECONDS, limit, paid=False)
+            self._start([job_id for job_id in unheard if job_id not in waiting])
 
     async def stop_orphans(self, tasks: asyncio.TaskGroup) -> None:
         """Begin to stop predictions whose job has ended without them (cancelled, say, or late).
@@ -371,12 +387,10 @@ class Recovery:
     async def _find(self, orphan: Orphan) -> str | None:
         """Return the prediction of a create whose answer was lost, unless another job has it."""
         attempt = orphan.attempt
-        request = PredictionRequest(
-            attempt.model_name, attempt.input, 0, has_own_seed=orphan.has_own_seed
-        )
+        request = asked_for(attempt, orphan.given_seed)
         seen = await self._provider.find(request, orphan.age_seconds)
         found = [prediction for prediction in seen if is_of(prediction, request)]
-        if found and not orphan.has_own_seed and await self._repository.has_twin(attempt):
+        if found and not request.has_own_seed and await self._repository.has_twin(attempt):
             if orphan.age_seconds > ORPHAN_PATIENCE_SECONDS:
                 raise _unknown("A prediction of this input may be another job's.")
             return None  # it may be the other's, and that one is wanted

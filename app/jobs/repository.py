@@ -38,6 +38,7 @@ from sqlmodel import SQLModel
 from app.db import Sessions, autocommitting
 from app.errors import FailureClass, LeaseLost
 from app.jobs.models import (
+    TERMINAL_STATUSES,
     Attempt,
     AttemptState,
     Charged,
@@ -73,7 +74,6 @@ STOP_AGAIN_SECONDS = 5
 LATE_COMMIT_SECONDS = 3600.0
 
 UNFINISHED = (JobStatus.PENDING, JobStatus.PROCESSING)
-TERMINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Claim:
     job: Job
     lease: Lease
     attempt: Attempt | None
-    attempt_age_seconds: float = 0.0
+    attempt_age_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +138,12 @@ class Settlement:
 class Orphan:
     """An open attempt of a job that has ended, and how long ago its intent was committed.
 
-    With `has_own_seed` its input was made for it alone; see `PredictionRequest`.
+    `given_seed` is the client's, or None.
     """
 
     attempt: Attempt
     age_seconds: float
-    has_own_seed: bool
+    given_seed: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +454,9 @@ class JobRepository:
         still_last_claim = (
             select(jobs.id).where(jobs.id == lease.job_id, jobs.lease_token == lease.token).exists()
         )
-        attempt = _submitted(attempt_id, prediction).where(still_last_claim)
+        # Not what is settled: it was called absent, and is for `adopt` to open again.
+        is_open = attempts.state == AttemptState.INTENT
+        attempt = _found(attempt_id, prediction).where(is_open, still_last_claim)
         job = _guarded(lease, cancelling=True).values(
             phase=JobPhase.WAITING, external_job_id=prediction.id
         )
@@ -642,18 +644,24 @@ class JobRepository:
         before it. Their message waits behind others, or is lost. Each is left alone for a while.
         """
         is_due = or_(jobs.next_attempt_at.is_(None), jobs.next_attempt_at <= func.now())
-        # Not rung at all (the broker is away), or rung: then `ring_at` was put off.
-        never_rung = jobs.ring_at <= _in_seconds(-patience_seconds)
-        rung = and_(
-            jobs.ring_at > func.now(),
-            jobs.ring_at <= _in_seconds(RING_AGAIN_SECONDS - patience_seconds),
-        )
         has_attempt = select(attempts.id).where(
             attempts.job_id == jobs.id, attempts.state != AttemptState.SETTLED
         )
         kind = has_attempt.exists() if paid else ~has_attempt.exists()
         begun = jobs.started_at.is_not(None)
-        return await self._take_due(and_(is_due, begun, or_(never_rung, rung), kind), limit)
+        is_unheard = _was_to_be_rung(patience_seconds)
+        return await self._take_due(and_(is_due, begun, is_unheard, kind), limit)
+
+    async def unheard_new(self, patience_seconds: float, limit: int) -> Sequence[UUID]:
+        """Return new jobs that nobody claimed so long after the sweep rang for them.
+
+        Each is left alone for a while.
+        """
+        new = and_(
+            jobs.started_at.is_(None),
+            jobs.created_at <= _in_seconds(-patience_seconds),  # the first ring is the API's
+        )
+        return await self._take_due(and_(new, _was_to_be_rung(patience_seconds)), limit)
 
     async def _take_due(self, condition: ColumnElement[bool], limit: int) -> Sequence[UUID]:
         found = (
@@ -746,7 +754,7 @@ class JobRepository:
                 attempts.state != AttemptState.SETTLED,
                 attempts.prediction_id.is_not(None) if known else attempts.prediction_id.is_(None),
                 attempts.stop_at <= func.now(),
-                jobs.status.in_(TERMINAL),
+                jobs.status.in_(TERMINAL_STATUSES),
             )
             .order_by(attempts.created_at)
             .limit(limit)
@@ -766,19 +774,24 @@ class JobRepository:
         )
         async with self._statements() as session:
             return [
-                Orphan(attempt, float(age_seconds), attempt.has_own_seed(seed))
-                for attempt, age_seconds, seed in await session.execute(statement)
+                Orphan(attempt, float(age_seconds), given_seed)
+                for attempt, age_seconds, given_seed in await session.execute(statement)
             ]
 
     async def has_twin(self, attempt: Attempt) -> bool:
-        """Tell whether another create with exactly this input may be under way.
+        """Tell whether a job that goes on may be creating exactly this input.
 
         Of whatever model: one model has several names, with and without a version.
         """
-        query = select(attempts.id).where(
-            attempts.state == AttemptState.INTENT,
-            attempts.id != attempt.id,
-            attempts.input == attempt.input,
+        query = (
+            select(attempts.id)
+            .join(Job, jobs.id == attempts.job_id)
+            .where(
+                attempts.state == AttemptState.INTENT,
+                attempts.id != attempt.id,
+                attempts.input == attempt.input,
+                jobs.status.in_(UNFINISHED),  # what has ended wants no prediction
+            )
         )
         async with self._statements() as session:
             return await session.scalar(query.limit(1)) is not None
@@ -883,6 +896,13 @@ class JobRepository:
             await session.execute(statement)
 
 
+def _was_to_be_rung(seconds_ago: float) -> ColumnElement[bool]:
+    """It was not rung at all (the broker is away), or was: then `ring_at` was put off."""
+    never = jobs.ring_at <= _in_seconds(-seconds_ago)
+    rung = jobs.ring_at <= _in_seconds(RING_AGAIN_SECONDS - seconds_ago)
+    return or_(never, and_(jobs.ring_at > func.now(), rung))
+
+
 def _with_deletion() -> Select[Output, datetime | None]:
     gone = and_(deletions.job_id == outputs.job_id, deletions.kind == DeletionKind.MEDIA)
     return select(Output, deletions.deleted_at).outerjoin(Deletion, gone)
@@ -946,10 +966,6 @@ def _submitting(lease: Lease) -> Update:
     """What is past its deadline is not paid for any more."""
     in_time = jobs.deadline_at > func.now()
     return _guarded(lease).where(in_time).values(phase=JobPhase.SUBMITTING)
-
-
-def _submitted(attempt_id: UUID, prediction: Prediction) -> Any:
-    return _found(attempt_id, prediction).where(attempts.state == AttemptState.INTENT)
 
 
 def _found(attempt_id: UUID, prediction: Prediction) -> Any:

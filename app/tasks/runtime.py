@@ -90,9 +90,9 @@ class RunRegistry:
         """Tell whether a run of this job has yet to claim it: a second one is not needed."""
         return any(run.job_id == job_id and run.lease is None for run in self._runs)
 
-    def waiting(self) -> int:
+    def waiting(self) -> Collection[UUID]:
         """See `recovery.Runs`."""
-        return sum(not run.has_begun for run in self._runs)
+        return {run.job_id for run in self._runs if not run.has_begun}
 
     def resuming(self) -> Collection[UUID]:
         """See `recovery.Runs`."""

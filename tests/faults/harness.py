@@ -61,6 +61,9 @@ UNLIMITED = {"REPLICATE_CREATES_PER_MINUTE": "100000", "REPLICATE_CALLS_PER_MINU
 # What a process may hold more than before, beside a tenth: pools fill, allocators keep pages.
 FILES_SLACK = 30
 RESIDENT_SLACK_BYTES = 40 << 20
+# What a process may hold of the database: its pools, and in a worker those of its duties.
+POOL_CONNECTIONS = 10
+DUTY_CONNECTIONS = {"api": 0, "worker": 4}
 
 
 @dataclass(frozen=True)
@@ -212,12 +215,13 @@ class Stack:
         wait_for(lambda: self._answers(process), "the API")
         return process
 
-    def start_worker(self, *, wait: bool = True, **settings: str) -> Process:
+    def start_worker(self, *options: str, wait: bool = True, **settings: str) -> Process:
         """Start a worker; it is ready (`wait`) when its heartbeat is in the database.
 
-        A setting `SABOTAGE_...` makes it one of `saboteur`.
+        `options` are more words of its command. A setting `SABOTAGE_...` makes it one of
+        `saboteur`.
         """
-        process = self._start("worker", settings)
+        process = self._start("worker", settings, options=options)
         self.workers.append(process)
         if wait:
             self.wait_for_worker(process)
@@ -261,12 +265,17 @@ class Stack:
                 "provider", self.replicate.origin, self._target("provider")
             ),
             "STORAGE_PATH": str(self.media),
+            "DATABASE_POOL_SIZE": str(POOL_CONNECTIONS),
             "PYTHONFAULTHANDLER": "1",
         }
         return {**os.environ, **UNLIMITED, **QUICK, **own, **self.settings}
 
     def _start(
-        self, role: Literal["api", "worker"], settings: Mapping[str, str], port: int = 0
+        self,
+        role: Literal["api", "worker"],
+        settings: Mapping[str, str],
+        port: int = 0,
+        options: Sequence[str] = (),
     ) -> Process:
         commands = {
             "api": ["uvicorn", "app.main:app", "--port", str(port), "--no-access-log"],
@@ -274,9 +283,9 @@ class Stack:
         }
         name, *arguments = commands[role]
         environment = {**self.environment(role), **settings}
-        command: list[str | Path] = [BIN / name, *arguments]
+        command: list[str | Path] = [BIN / name, *arguments, *options]
         if role == "worker" and any(name.startswith("SABOTAGE_") for name in environment):
-            command = [BIN / "python", "-m", "tests.faults.saboteur", *arguments]
+            command = [BIN / "python", "-m", "tests.faults.saboteur", *arguments, *options]
         number = len(self.apis) + len(self.workers)
         log = self.logs / f"{number:03}-{role}.log"
         child = Child(command, log_path=log, environment=environment, folder=ROOT)
@@ -481,8 +490,11 @@ class Stack:
         self.baseline = {process.pid: process.resources() for process in processes}
 
     def grown(self) -> list[str]:
-        """Say which processes hold over a tenth more than at the baseline (with some slack)."""
-        grown = []
+        """Say which processes hold over a tenth more than at the baseline (with some slack).
+
+        And whether the database has more connections than the pools of those that live.
+        """
+        grown = self._surplus_connections()
         for process in (*self.apis, *self.workers):
             before = self.baseline.get(process.pid)
             if before is None or not process.is_running:
@@ -493,6 +505,16 @@ class Stack:
             if now.resident_bytes > 1.1 * before.resident_bytes + RESIDENT_SLACK_BYTES:
                 grown.append(f"{process.role}: {before.resident_bytes} -> {now.resident_bytes} B")
         return grown
+
+    def _surplus_connections(self) -> list[str]:
+        query = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE application_name = %s AND backend_type = 'client backend'"
+        )
+        held = self.query(query, "replicate-media-service")[0][0]
+        living = [process for process in (*self.apis, *self.workers) if process.is_running]
+        allowed = sum(POOL_CONNECTIONS + DUTY_CONNECTIONS[process.role] for process in living)
+        return [f"{held} connections to the database, not {allowed}"] if held > allowed else []
 
     def log_text(self) -> str:
         """Return what all processes have printed."""

@@ -182,6 +182,24 @@ def _broker(stack: Stack) -> list[FaultProxy]:
     return [stack.proxies["api_broker"], stack.proxies["worker_broker"]]
 
 
+def test_a_stalled_consumer_costs_seconds(start_stack: StartStack, scenario: Scenario) -> None:
+    """100 jobs, a worker that hears no message and does not know it: all begin within 25 s.
+
+    The broker answers and the worker beats, so nothing looks wrong.
+    """
+    stack = start_stack(workers=0)
+    stack.start_worker("--queues=nobody")
+    jobs = stack.post(sized(10, 100))
+    stack.wait_until_done()
+    with stack.redis() as client:
+        assert client.llen(QUEUE) > 0, "the messages are still there"
+    begun = "SELECT extract(epoch FROM max(started_at - created_at)) FROM jobs"
+    begun_seconds = float(stack.query(begun)[0][0])
+    scenario.record(begun_seconds=begun_seconds, **vars(check(stack)))
+    assert stack.counts() == {"completed": len(jobs)}
+    assert begun_seconds <= 25
+
+
 @contextmanager
 def _while_posting(stack: Stack, count: int, per_second: float) -> Iterator[None]:
     """POST in the background, each at its time; all have been answered at the end."""

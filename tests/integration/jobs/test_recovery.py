@@ -25,6 +25,7 @@ from app.providers.base import Prediction, PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
 from tests.doubles.replicate_server import ReplicateServer
+from tests.doubles.ungoverned import Ungoverned
 
 REQUEST = PredictionRequest("acme/painter", {"prompt": "p", "seed": 1}, 60)
 
@@ -52,10 +53,10 @@ class FixedRuns:
     started: list[UUID] = field(default_factory=list)
     begun: list[UUID] = field(default_factory=list)
     unclaimed: list[UUID] = field(default_factory=list)
-    in_line: int = 0
+    line: list[UUID] = field(default_factory=list)
 
-    def waiting(self) -> int:
-        return self.in_line
+    def waiting(self) -> Collection[UUID]:
+        return self.line
 
     def resuming(self) -> Collection[UUID]:
         return self.unclaimed
@@ -108,12 +109,21 @@ class Worker:
         return job.status
 
 
+def strangers(count: int) -> list[UUID]:
+    """Jobs of no matter what."""
+    return [uuid4() for _ in range(count)]
+
+
 @pytest.fixture
 async def worker(
     settings: Settings, repository: JobRepository, replicate: ReplicateServer
 ) -> AsyncIterator[Worker]:
     provider = ReplicateProvider(
-        replicate.token, replicate.origin, timeout_seconds=2, prefer_wait_seconds=0
+        replicate.token,
+        replicate.origin,
+        timeout_seconds=2,
+        prefer_wait_seconds=0,
+        governor=Ungoverned(),
     )
     worker_id, doorbell, runs = uuid4(), RecordingDoorbell(), FixedRuns()
     recovery = Recovery(
@@ -179,7 +189,7 @@ class TestRinging:
     async def _is_hardly_made_longer(self, worker: Worker, queue: int = 0, line: int = 0) -> None:
         """But whose message was lost meanwhile gets its turn."""
         jobs = [await worker.repository.add(NewJob("p", "a/b", {}), 60) for _ in range(8)]
-        worker.doorbell.length, worker.runs.in_line = queue, line
+        worker.doorbell.length, worker.runs.line = queue, strangers(line)
         await worker.recovery.ring_due()
         assert len(worker.doorbell.rung) == module.RINGS_AT_LEAST
         await worker.recovery.ring_due()
@@ -220,7 +230,7 @@ class TestUnrung:
             await without_broker.repository.add(NewJob("p", "a/b", {}), 60)
         with pytest.raises(ConnectionRefusedError):
             await without_broker.recovery.ring_due()
-        without_broker.runs.in_line = 8  # of 10
+        without_broker.runs.line = strangers(8)  # of 10
         await without_broker.recovery.begin_unrung()
         assert len(without_broker.runs.begun) == 2
 
@@ -251,6 +261,20 @@ class TestUnrung:
         await worker.repository.add(NewJob("p", "a/b", {}), 60)
         await worker.recovery.begin_unrung()
         assert worker.runs.begun == []
+
+    async def test_not_if_nothing_is_heard_of_them_by_an_idle_worker(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The consumer has stalled, and neither broker nor heartbeat shows it."""
+        monkeypatch.setattr(module, "UNHEARD_NEW_SECONDS", 0)
+        jobs = [await worker.repository.add(NewJob("p", "a/b", {}), 60) for _ in range(3)]
+        busy = [Lease(job_id, uuid4()) for job_id in strangers(5)]  # of 10
+        for worker.runs.line, worker.runs.leases in ((strangers(1), []), ([], busy)):
+            await worker.recovery.begin_unrung()
+            assert worker.runs.begun == []
+        worker.runs.leases = busy[1:]
+        await worker.recovery.begin_unrung()
+        assert set(worker.runs.begun) == {job.id for job in jobs}
 
     async def test_once_it_is_back_as_well(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
@@ -341,12 +365,12 @@ class TestUnheard:
             retried, delay_seconds=0, error_code="x", error_message="y"
         )
         await worker.recovery.sweep()
-        worker.runs.in_line = module.AGAIN_TARGET
+        worker.runs.line = strangers(module.AGAIN_TARGET)
         await worker.recovery.begin_again()
         assert worker.runs.begun == []
-        worker.runs.in_line = 500
+        worker.runs.line = [*strangers(500), retried.job_id]
         await worker.recovery.begin_again()
-        assert set(worker.runs.begun) == {claim.job.id for claim in claims}
+        assert worker.runs.begun == [claims[1].job.id]
         await worker.recovery.resume_unheard()
         assert worker.runs.started == [paid]
 
@@ -589,6 +613,22 @@ class TestOrphans:
         await worker.recovery.stop_lost_orphans()
         [settled] = await worker.repository.attempts(cancelled.job.id)
         assert (settled.outcome, settled.charged) == ("unknown", Charged.UNKNOWN)
+
+    async def test_an_equal_create_that_nobody_wants_either_is_stopped_as_well(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        claims = [await worker.claim(seed=1) for _ in range(2)]
+        for claim in claims:
+            await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        predictions = [await worker.provider.create(REQUEST) for _ in claims]
+        for claim in claims * 2:
+            await worker.repository.cancel(claim.job.id)
+        await worker.recovery.stop_lost_orphans()
+        await worker.stop_orphans()
+        for prediction in predictions:
+            assert (await worker.provider.get(prediction.id)).status == "canceled"
 
     async def test_one_of_our_own_seed_is_found_under_any_model_name(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

@@ -288,6 +288,39 @@ class TestSweep:
         rounds = await asyncio.gather(*(repository.due(20) for _ in range(5)))
         assert sorted(job_id for due in rounds for job_id in due) == ids
 
+    @pytest.mark.parametrize(
+        ("age_seconds", "ring_in_seconds", "is_unheard"),
+        [
+            (1, 4, False),  # the API has rung
+            (9, 11, False),  # the sweep has, 4 s ago
+            (14, 6, False),
+            (16, 4, True),  # 11 s ago
+            (100, 14, False),  # once more, just now
+            (100, 4, True),
+            (100, -1, False),  # it is about to
+            (100, -11, True),  # there is nobody to ring
+        ],
+    )
+    async def test_a_new_job_is_unheard_when_its_ring_was_long_ago(
+        self,
+        repository: JobRepository,
+        database: Postgres,
+        age_seconds: float,
+        ring_in_seconds: float,
+        is_unheard: bool,
+    ) -> None:
+        job_id = await add(repository)
+        with psycopg.connect(database.sync_url, autocommit=True) as connection:
+            connection.execute(
+                "UPDATE jobs SET created_at = now() - %s * interval '1 s',"
+                " ring_at = now() + %s * interval '1 s'",
+                [age_seconds, ring_in_seconds],
+            )
+        assert await repository.unheard_new(10, 5) == ([job_id] if is_unheard else [])
+        assert await repository.unheard_new(10, 5) == []  # others leave it alone
+        assert await repository.unheard(10, 5) == []
+        assert await repository.unheard(10, 5, paid=False) == []
+
     async def test_jobs_of_a_silent_worker_are_freed(self, repository: JobRepository) -> None:
         alive, silent = await claimed(repository), await claimed(repository, uuid4())
         assert await repository.release_dead(60) == []

@@ -21,16 +21,17 @@ async def _nothing(*_: object, **__: object) -> RunResult:
 def test_a_run_waits_then_claims_then_owns() -> None:
     runs, run = RunRegistry(_nothing), _Run(uuid4(), at_once=False)
     runs.add(run)
-    assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == (1, [], True)
+    assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == ({run.job_id}, [], True)
     run.begins()
     # Its claim may be committed already: the job is not abandoned, nor needs it a second run.
-    assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == (0, [run.job_id], True)
+    assert (runs.waiting(), runs.job_ids()) == (set(), [run.job_id])
+    assert runs.is_waiting(run.job_id)
     lease = Lease(run.job_id, uuid4())
     run.owns(lease)
     # From here on it may lose the job, and whoever is told of it again has to look.
     assert (runs.claimed(), runs.is_waiting(run.job_id)) == ([lease], False)
     runs.remove(run)
-    assert (runs.waiting(), runs.job_ids(), runs.claimed()) == (0, [], [])
+    assert (runs.waiting(), runs.job_ids(), runs.claimed()) == (set(), [], [])
 
 
 def test_only_jobs_that_go_on_are_resuming() -> None:
