@@ -88,6 +88,7 @@ def _routes(job_id: str) -> list[tuple[str, str]]:
         ("GET", f"/api/v1/status/{job_id}"),
         ("GET", "/api/v1/jobs"),
         ("GET", f"/api/v1/jobs/{job_id}/attempts"),
+        ("GET", f"/api/v1/jobs/{job_id}/metadata"),
         ("GET", f"/api/v1/download/{job_id}"),
         ("DELETE", f"/api/v1/jobs/{job_id}"),
         ("GET", f"/media/{job_id}.png"),

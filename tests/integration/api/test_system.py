@@ -286,6 +286,8 @@ class TestDatabaseAway:
             ("POST", "/api/v1/generate"),
             ("GET", f"/api/v1/status/{UNKNOWN}"),
             ("GET", "/api/v1/jobs"),
+            ("GET", f"/api/v1/jobs/{UNKNOWN}/attempts"),
+            ("GET", f"/api/v1/jobs/{UNKNOWN}/metadata"),
             ("DELETE", f"/api/v1/jobs/{UNKNOWN}"),
             ("GET", f"/api/v1/download/{UNKNOWN}"),
             ("GET", "/media/x.png"),
@@ -333,6 +335,23 @@ class TestDatabaseAway:
                 for answer in answers:
                     problem_of(answer, 503)
                 proxy.pass_on()
+
+    async def test_requests_that_are_given_up_give_their_connections_back(
+        self, client: httpx2.AsyncClient, database: Postgres, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """More of them than the pool has connections, each in the middle of its statement."""
+        paths = ["/api/v1/jobs", f"/api/v1/status/{UNKNOWN}"] * 10
+        with monkeypatch.context() as patch, psycopg.connect(database.sync_url) as locking:
+            patch.setattr("app.api.middleware.ANSWER_SECONDS", 0.3)
+            locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            for answer in await asyncio.gather(*(client.get(path) for path in paths)):
+                problem_of(answer, 503)
+        async with asyncio.timeout(20):  # to take a statement back costs the server some time
+            codes = {503}
+            while 503 in codes:
+                answers = await asyncio.gather(*(client.get(path) for path in paths))
+                codes = {answer.status_code for answer in answers}
+        assert codes == {200, 404}
 
     async def test_wrong_credentials_are_503_too(
         self, settings: Settings, open_client: OpenClient
