@@ -10,6 +10,7 @@ AppError                       safe to show: `detail` is written for the client
   ServiceUnavailable      503  something that the request needs is away
     AnswerTooLate         503  what it was to do may be done or not
 ProviderError                  what a prediction service did, classified once at the adapter's edge
+  PredictionNotFound           it does not know the prediction
 StorageError                   the disk or the object store failed; always worth another try
 LeaseLost                      the job is no longer this worker's: stop and write nothing
 """
@@ -23,7 +24,6 @@ class AppError(Exception):
     """An error whose `detail` a client may read."""
 
     status_code: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal Server Error"
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -34,7 +34,6 @@ class Unauthorized(AppError):
     """The caller has not proved to be who it must be."""
 
     status_code = 401
-    title = "Unauthorized"
 
 
 class InvalidInput(AppError):
@@ -44,7 +43,6 @@ class InvalidInput(AppError):
     """
 
     status_code = 422
-    title = "Unprocessable Content"
 
     def __init__(
         self, detail: str, errors: Sequence[tuple[tuple[str | int, ...], str]] = ()
@@ -57,35 +55,30 @@ class JobNotFound(AppError):
     """There is no such job, or it has no such file."""
 
     status_code = 404
-    title = "Not Found"
 
 
 class JobNotReady(AppError):
     """The job has not completed, so what was asked for does not exist yet."""
 
     status_code = 409
-    title = "Conflict"
 
 
 class JobAlreadyFinished(AppError):
     """The job is completed, failed or cancelled: nothing can be cancelled any more."""
 
     status_code = 409
-    title = "Conflict"
 
 
 class FileDeleted(AppError):
     """The file was kept for as long as the settings say, and then deleted."""
 
     status_code = 410
-    title = "Gone"
 
 
 class ServiceUnavailable(AppError):
     """Something the request needs is away for now; the client should come back."""
 
     status_code = 503
-    title = "Service Unavailable"
 
 
 class AnswerTooLate(ServiceUnavailable):
@@ -137,8 +130,12 @@ class ProviderError(Exception):
 class PredictionNotFound(ProviderError):
     """The provider does not know this prediction id (or has forgotten it)."""
 
-    def __init__(self, message: str = "The provider no longer knows the prediction.") -> None:
-        super().__init__(FailureClass.PERMANENT, "prediction_not_found", message)
+    def __init__(self) -> None:
+        super().__init__(
+            FailureClass.PERMANENT,
+            "prediction_not_found",
+            "The provider no longer knows the prediction.",
+        )
 
 
 class StorageError(Exception):

@@ -122,7 +122,7 @@ async def _answer_first(request: Request, app: Services, file: KnownFile) -> Res
     """Answer as `answer` does, after a look whether the file is there and whole."""
     if not _redirects(request, app.settings):
         await _check_stored(app.storage, file.output)
-    if file.output.size_bytes <= WHOLE_BYTES or app.settings.x_accel_prefix:
+    if file.output.size_bytes <= WHOLE_BYTES or _nginx_sends(app.settings):
         # What is streamed may fail half-way, which the layers around us know how to handle.
         app.recent.add(request.scope["path"], file)
     return await answer(request, file)
@@ -139,7 +139,7 @@ async def answer(request: Request, file: KnownFile) -> Response:
         return condition
     # Refused here (416) whoever sends the file; RFC 9110 knows ranges of GET only.
     span = _span(request.headers, output, headers["ETag"]) if request.method == "GET" else None
-    if app.settings.x_accel_prefix and app.settings.is_storage_local:
+    if _nginx_sends(app.settings):
         del headers["Accept-Ranges"]  # nginx says so itself, and answers the range
         headers["X-Accel-Redirect"] = f"{app.settings.x_accel_prefix}/{output.name}"
         return Response(headers=headers)
@@ -149,6 +149,10 @@ async def answer(request: Request, file: KnownFile) -> Response:
     if request.method == "HEAD":
         return Response(headers={**headers, "Content-Length": str(output.size_bytes)})
     return await _send(app.storage, output, span, headers)
+
+
+def _nginx_sends(settings: Settings) -> bool:
+    return settings.x_accel_prefix is not None and settings.is_storage_local
 
 
 def _redirects(request: Request, settings: Settings) -> bool:
