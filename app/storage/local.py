@@ -13,13 +13,15 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from io import FileIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
 from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
 
+# Hidden, in each folder that may be on a file system of its own: for files that are being made.
+INCOMING = ".incoming"
 CHUNK_BYTES = 1 << 20
 # Names that one hop to a thread brings.
 LISTED_AT_ONCE = 1000
@@ -40,17 +42,19 @@ class LocalStorage:
 
         Raises: StorageError when they cannot be made.
         """
-        media = media.resolve()
+        media, metadata = media.resolve(), metadata.resolve()
         # Inside the media folder, which is there and may be the only one on its file system:
         # so no move out of the workspace crosses to another.
-        self.workspace = media / ".incoming"
+        self.workspace = media / INCOMING
+        # Nor does one out of the metadata's: see `_copy_durably`.
+        self._workspaces = {self.workspace, metadata / INCOMING}
         self._folders = {
             "media": media,
-            "metadata": metadata.resolve(),
+            "metadata": metadata,
             "thumbnails": media / ".thumbnails",
         }
         try:
-            for folder in (*self._folders.values(), self.workspace):
+            for folder in (*self._folders.values(), *self._workspaces):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the storage folders: {error.strerror}") from error
@@ -143,15 +147,15 @@ class LocalStorage:
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
-            for folder in (self.workspace, self._folders["metadata"]):
+            for folder in self._workspaces:
                 await asyncio.to_thread(_probe, folder)
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
     def _leftovers(self, older_than_seconds: float) -> list[Path]:
-        # The metadata folder holds leftovers too, all of them hidden: see `_copy_durably`.
-        hidden = self._folders["metadata"].glob(".*")
-        return old_files([*self.workspace.iterdir(), *hidden], older_than_seconds, self.workspace)
+        # Never the folders of what is stored: to list a million files takes hundreds of megabytes.
+        paths = chain.from_iterable(folder.iterdir() for folder in self._workspaces)
+        return old_files(paths, older_than_seconds, self.workspace)
 
     def _path(self, key: str) -> Path:
         folder, name = checked_key(key)
@@ -233,7 +237,8 @@ def _create(source: Path, target: Path) -> None:
 
 def _copy_durably(source: Path, target: Path, place: Placing) -> None:
     """Move to another file system, where the metadata may lie: nothing but a copy leads there."""
-    beside = target.with_name(f".{uuid4().hex}")
+    beside = target.parent / INCOMING / uuid4().hex
+    beside.parent.mkdir(exist_ok=True)
     try:
         shutil.copyfile(source, beside)
         _fsync(beside)
@@ -285,7 +290,7 @@ def _described(entries: list["os.DirEntry[str]"]) -> list[StoredFile]:
 
 
 def _probe(folder: Path) -> None:
-    # A name of its own, and hidden: other checks, and other machines, may look at this moment.
+    # A name of its own: other checks, and other machines, may look at this moment.
     path = folder / f".probe-{uuid4().hex}"
     try:
         path.write_bytes(b"ok")

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import shutil
+import tracemalloc
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from app.storage.local import LocalStorage
 from tests.contracts.storage import KEY, Owner, StorageContract, listed, put, read
 
 METADATA_KEY = "metadata/picture.json"
+
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
 class TestContract(StorageContract):
@@ -116,7 +122,7 @@ class TestDurability:
         await put(storage, METADATA_KEY, b"first")
         await put(storage, METADATA_KEY, b"second")
         assert await read(storage, METADATA_KEY) == b"second"
-        assert [path.name for path in (small_disk / "metadata").iterdir()] == ["picture.json"]
+        assert files_in(small_disk / "metadata") == ["picture.json"]
         assert list(storage.workspace.iterdir()) == []
 
 
@@ -175,11 +181,26 @@ class TestClean:
         self, storage: LocalStorage, tmp_path: Path
     ) -> None:
         await put(storage, METADATA_KEY, b"metadata")
-        (tmp_path / "metadata" / ".copy").write_bytes(b"half")
-        for path in (tmp_path / "metadata").iterdir():
+        (tmp_path / "metadata" / ".incoming" / "copy").write_bytes(b"half")
+        for path in (tmp_path / "metadata").rglob("*"):
             os.utime(path, (0, 0))
         assert await storage.clean(3600) == 1
         assert await read(storage, METADATA_KEY) == b"metadata"
+
+    async def test_it_takes_no_memory_however_much_is_stored(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        """It is done every minute, and a million names are hundreds of megabytes."""
+        for number in range(5000):
+            for folder in ("media", "metadata"):
+                (tmp_path / folder / f"{number}.json").touch()
+        tracemalloc.start()
+        try:
+            assert await storage.clean(3600) == 0
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 200_000  # the names alone: 500,000
 
     async def test_a_lost_workspace_is_an_error(
         self, storage: LocalStorage, tmp_path: Path
@@ -205,7 +226,7 @@ class TestFullDisk:
         with pytest.raises(StorageError, match="No space left"):
             await put(storage, METADATA_KEY, bytes(2 << 20))
         assert await read(storage, METADATA_KEY) == b"old"
-        assert [path.name for path in (small_disk / "metadata").iterdir()] == ["picture.json"]
+        assert files_in(small_disk / "metadata") == ["picture.json"]
 
     async def test_check_tells_and_a_freed_disk_is_well_again(self, small_disk: Path) -> None:
         storage = LocalStorage(small_disk / "media", small_disk / "metadata")
