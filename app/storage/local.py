@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from io import FileIO
@@ -147,7 +148,7 @@ class LocalStorage:
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
-            for folder in self._workspaces:
+            for folder in (*self._workspaces, self._folders["metadata"]):
                 await asyncio.to_thread(_probe, folder)
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
@@ -290,9 +291,6 @@ def _described(entries: list["os.DirEntry[str]"]) -> list[StoredFile]:
 
 
 def _probe(folder: Path) -> None:
-    # A name of its own: other checks, and other machines, may look at this moment.
-    path = folder / f".probe-{uuid4().hex}"
-    try:
-        path.write_bytes(b"ok")
-    finally:
-        path.unlink(missing_ok=True)
+    # It has no name (or none for long), so that whoever dies here leaves nothing behind.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"ok")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from app.api import recent
 from app.api.deps import Services
+from app.api.files import WHOLE_BYTES
 from app.config import Settings
 from app.media.decoder import Decoder
 from app.media.info import PictureInfo
@@ -212,6 +213,23 @@ class TestInABucket:
                 assert (await client.get(url)).content == data
                 part = await client.get(url, headers={"Range": "bytes=10-19"})
                 assert (part.status_code, part.content) == (206, data[10:20])
+
+    @pytest.mark.parametrize("prefix", [None, "/internal-media"])
+    async def test_a_large_one_that_is_streamed_is_not_remembered(
+        self,
+        settings: Settings,
+        make_app: Callable[[Settings], FastAPI],
+        tmp_path: Path,
+        prefix: str | None,
+    ) -> None:
+        """It may fail half-way. nginx, if there is one, sends what lies in folders only."""
+        app = make_app(settings.model_copy(update={"s3_serve": "stream", "x_accel_prefix": prefix}))
+        data = bytes(WHOLE_BYTES + 1)
+        async with running(app) as client:
+            job = await Jobs(app.state.services, tmp_path).completed(data)
+            path = f"/media/{job.id}.png"
+            assert (await client.get(path)).content == data
+            assert app.state.services.recent.get(path) is None
 
     async def test_thumbnails_come_from_here(
         self, client: httpx2.AsyncClient, jobs: Jobs, services: Services
