@@ -26,7 +26,7 @@ INCOMING = ".incoming"
 CHUNK_BYTES = 1 << 20
 # Names that one hop to a thread brings.
 LISTED_AT_ONCE = 1000
-# Read now, in the thread, so that the event loop never waits for the disk (where there is the flag).
+# Read now, in the thread, so that the event loop never waits for the disk (where the flag exists).
 MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 # What file systems without hard links say to `link`.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -128,7 +128,7 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot delete {key}: {error.strerror}") from error
 
-    async def url(self, key: str, seconds: int) -> None:  # noqa: ARG002 - never any
+    async def url(self, key: str, seconds: int) -> None:
         """See `Storage.url`: the API serves the files itself."""
 
     async def leftovers(self, older_than_seconds: float) -> list[Path]:
