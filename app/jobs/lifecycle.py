@@ -25,24 +25,13 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import clock
-from app.errors import (
-    FailureClass,
-    LeaseLost,
-    ProviderError,
-    StorageError,
-)
-from app.jobs.charge import charged
+from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
 from app.jobs.models import Attempt, Job, JobPhase
 from app.jobs.outputs import OutputKeeper
-from app.jobs.reconcile import AttemptEnded, ReconcilePolicy, Reconciler
-from app.jobs.repository import (
-    SUBMIT_WINDOW_SECONDS,
-    Claim,
-    JobRepository,
-    Lease,
-    Settlement,
-)
-from app.jobs.retry import Fail, Retry, RetryPolicy, decide
+from app.jobs.reconcile import ReconcilePolicy, Reconciler
+from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Lease
+from app.jobs.retry import Retry, RetryPolicy, decide
+from app.jobs.settlement import AttemptEnded, Settlement, settled
 from app.jobs.shelf import Shelf
 from app.jobs.watch import PredictionWatcher
 from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
@@ -320,7 +309,7 @@ class Lifecycle:
         decoding = partial(self._decoding, claim)
         with _ending(attempt, prediction, permanent_only=True):
             outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours, decoding)
-        await self._repository.complete(claim.lease, outputs, _settlement(attempt, prediction))
+        await self._repository.complete(claim.lease, outputs, settled(attempt, prediction))
 
     def _ownership(self, lease: Lease) -> Callable[[], Awaitable[None]]:
         """Return a check that raises LeaseLost; its first call says that the outputs are stored."""
@@ -350,7 +339,7 @@ class Lifecycle:
             jitter=random.random(),
         )
         try:
-            if isinstance(decision, Fail):
+            if decision is None:
                 return await self._fail(claim.lease, error, settlement)
             return await self._retry_later(claim, error, settlement, decision)
         except LeaseLost:
@@ -433,22 +422,7 @@ def _ending(
         lasting = error.failure_class is FailureClass.PERMANENT
         if error.failure_class is FailureClass.AMBIGUOUS or (permanent_only and not lasting):
             raise
-        raise AttemptEnded(error, _settlement(attempt, prediction, error)) from error
-
-
-def _settlement(
-    attempt: Attempt, prediction: Prediction | None, error: ProviderError | None = None
-) -> Settlement:
-    return Settlement(
-        attempt.id,
-        attempt.prediction_id,
-        outcome=prediction.status if prediction else error.code if error else "unknown",
-        charged=charged(prediction),
-        error_class=error.failure_class if error else None,
-        error_message=error.message if error else None,
-        predict_time_seconds=prediction.predict_time_seconds if prediction else None,
-        version=prediction.version if prediction else None,
-    )
+        raise AttemptEnded(error, settled(attempt, prediction, error)) from error
 
 
 def _phase_to_keep(claim: Claim, error: ProviderError) -> JobPhase | None:

@@ -13,8 +13,9 @@ import structlog
 
 from app import clock
 from app.errors import FailureClass, ProviderError
-from app.jobs.models import Attempt, Charged, JobPhase
-from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Settlement
+from app.jobs.models import Attempt, JobPhase
+from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository
+from app.jobs.settlement import AttemptEnded, absent, unknown
 from app.providers.base import (
     LOGGED_ID_CHARS,
     Prediction,
@@ -27,18 +28,6 @@ from app.providers.base import (
 LONGEST_GAP_SECONDS = 60.0
 
 log = structlog.get_logger(__name__)
-
-
-class AttemptEnded(Exception):
-    """The attempt is over without a stored output; the job may or may not get another.
-
-    Without a `settlement` it stays open for the sweep, which goes on looking for its prediction.
-    """
-
-    def __init__(self, error: ProviderError, settlement: Settlement | None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.settlement = settlement
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +120,7 @@ class Reconciler:
                 "create_lost",
                 "The provider never received the create call.",
             ),
-            Settlement(attempt.id, None, "absent", Charged.NO),
+            absent(attempt),
         )
 
     async def _outwait(self, claim: Claim, attempt: Attempt, age: _Age) -> Prediction | None:
@@ -212,11 +201,8 @@ class Reconciler:
         log.error("provider_outcome_unknown", attempt_id=str(attempt.id))
         message = "The provider never said whether it accepted the prediction"
         if self._policy.on_unknown_outcome == "resubmit":
-            unknown = Settlement(
-                attempt.id, None, "unknown", Charged.UNKNOWN, error.failure_class, error.message
-            )
             again = ProviderError(FailureClass.TRANSIENT, "provider_outcome_unknown", f"{message}.")
-            return AttemptEnded(again, unknown)
+            return AttemptEnded(again, unknown(attempt, error))
         message += "; it was not submitted again, because it may have been paid."
         given_up = ProviderError(FailureClass.PERMANENT, "provider_outcome_unknown", message)
         # Left open, it is looked for by the sweep, and stopped if it runs after all.

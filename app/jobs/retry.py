@@ -28,14 +28,6 @@ class Retry:
     throttles: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """Give up."""
-
-
-Decision = Retry | Fail
-
-
 def decide(
     error: ProviderError,
     *,
@@ -43,8 +35,8 @@ def decide(
     throttle_count: int,
     policy: RetryPolicy,
     jitter: float,
-) -> Decision:
-    """Decide what follows from a failure.
+) -> Retry | None:
+    """Decide what follows from a failure; None: give up.
 
     `retry_count` and `throttle_count` are the job's counts so far, `jitter` is a random number
     in [0, 1). AMBIGUOUS waits like a retry, and long enough for the provider's list to show what
@@ -52,9 +44,9 @@ def decide(
     """
     match error.failure_class:
         case FailureClass.PERMANENT:
-            return Fail()
+            return None
         case FailureClass.TRANSIENT if retry_count >= policy.max_retries:
-            return Fail()
+            return None
         case FailureClass.TRANSIENT:
             return Retry(backoff_seconds(retry_count + 1, policy, jitter), retries=1)
         case FailureClass.THROTTLED:

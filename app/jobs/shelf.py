@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from uuid import UUID
 
 from app.errors import LeaseLost, ProviderError
-from app.jobs.reconcile import AttemptEnded
+from app.jobs.settlement import AttemptEnded
 
 # With so many predictions that have ended and are not stored yet, no job is begun: what is paid for
 # is kept before more is bought, however slow the disk, the network or this process is.

@@ -91,29 +91,29 @@ class RunRegistry:
         return any(run.job_id == job_id and run.lease is None for run in self._runs)
 
     def waiting(self) -> Collection[UUID]:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         return {run.job_id for run in self._runs if not run.has_begun}
 
     def resuming(self) -> Collection[UUID]:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         return {run.job_id for run in self._runs if run.at_once and run.lease is None}
 
     def claimed(self) -> Collection[Lease]:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         return [run.lease for run in self._runs if run.lease]
 
     def job_ids(self) -> Collection[UUID]:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         return [run.job_id for run in self._runs if run.has_begun]
 
     def start(self, job_id: UUID, *, at_once: bool) -> None:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         task = asyncio.create_task(self._run(job_id, at_once=at_once))
         self._started.add(task)
         task.add_done_callback(self._started.discard)
 
     def stop(self, lease: Lease) -> None:
-        """See `recovery.Runs`."""
+        """See `redelivery.Runs`."""
         for run in self._runs:
             if run.lease == lease and run.task:
                 run.task.cancel()
@@ -237,7 +237,7 @@ class Runtime:
 
     def _wake(self, word: str) -> None:
         if word == CANCELLED:
-            self._recovery.nudge()
+            self._recovery.orphans.nudge()
         else:
             self._watcher.nudge(word)
 

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from app.errors import FailureClass, LeaseLost, ProviderError
 from app.jobs.models import Attempt, Charged, JobPhase, JobStatus, Output
-from app.jobs.repository import MAX_CRASHES, Claim, JobRepository, NewJob, Settlement
-from app.jobs.retry import Fail, RetryPolicy, decide
+from app.jobs.repository import MAX_CRASHES, Claim, JobRepository, NewJob
+from app.jobs.retry import RetryPolicy, decide
+from app.jobs.settlement import Settlement
 from app.providers.base import PredictionRequest
 from tests.faults.machine_database import Database, check_change, check_rows
 from tests.faults.machine_provider import Call, Created, Ledger
@@ -447,7 +448,7 @@ class JobsMachine(RuleBasedStateMachine):
             jitter=0,
         )
         words: dict[str, Any] = {"error_code": "code", "error_message": "message"}
-        if isinstance(decision, Fail):
+        if decision is None:
             writing = self.repository.fail(lease, **words, settlement=settlement)
         else:
             writing = self.repository.retry_later(

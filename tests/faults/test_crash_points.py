@@ -205,9 +205,9 @@ async def _check_cancel(stage: Stage, answer: tuple[Job | None, int]) -> None:
     assert final.model_dump() == job.model_dump()
     assert len(stage.replicate.creates()) == creates, "created after the cancel was confirmed"
     for _ in range(2):
-        await stage.second.recovery.stop_lost_orphans()
+        await stage.second.recovery.orphans.stop_lost_orphans()
         async with asyncio.TaskGroup() as tasks:
-            await stage.second.recovery.stop_orphans(tasks)
+            await stage.second.recovery.orphans.stop_orphans(tasks)
     running = [create.id for create in stage.replicate.creates() if create.status in RUNNING]
     assert running == [], "a prediction runs on"
     for known in (True, False):
@@ -232,13 +232,13 @@ WAYS: list[Callable[[Stage], Awaitable[None]]] = [
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("app.jobs.lifecycle", "app.jobs.repository"):
+    for name in ("app.jobs.lifecycle", "app.jobs.repository.statements"):
         monkeypatch.setattr(f"{name}.SUBMIT_WINDOW_SECONDS", stoppable.SUBMIT_WINDOW_SECONDS)
-    monkeypatch.setattr("app.jobs.repository.STOP_AGAIN_SECONDS", 0)
+    monkeypatch.setattr("app.jobs.repository.ledger.STOP_AGAIN_SECONDS", 0)
     monkeypatch.setattr("app.jobs.cancellation.WAIT_SECONDS", 2.0)
     monkeypatch.setattr("app.jobs.lifecycle.CREATE_GRACE_SECONDS", 0.1)
     monkeypatch.setattr("app.jobs.retry.INTERNAL_DELAY_SECONDS", 0)
-    monkeypatch.setattr("app.jobs.recovery.ORPHAN_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("app.jobs.orphans.PATIENCE_SECONDS", 0)
     tls = httpx.create_ssl_context()  # reading the roots for each worker would cost 30 ms
     monkeypatch.setattr(httpx, "create_ssl_context", lambda: tls)
     number_steps(monkeypatch)

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 from app.api.deps import Services
 from app.config import Settings
 from app.jobs.models import Charged, Job, Output
-from app.jobs.repository import Claim, NewJob, Settlement
+from app.jobs.repository import Claim, NewJob
+from app.jobs.settlement import Settlement
 from app.main import create_app
 from app.providers.base import PredictionRequest, Provider
 from app.storage.base import media_key

@@ -20,7 +20,8 @@ from starlette.types import Message
 from app.api.deps import Services
 from app.config import Settings
 from app.jobs.models import Attempt, Charged
-from app.jobs.repository import Lease, Settlement
+from app.jobs.repository import Lease
+from app.jobs.settlement import Settlement
 from app.providers.base import Prediction, PredictionRequest
 from app.tasks.wakeups import CHANNEL
 from tests.integration.api.conftest import (

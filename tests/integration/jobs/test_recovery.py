@@ -15,11 +15,10 @@ from structlog.testing import CapturingLogger
 from app import clock
 from app.config import Settings
 from app.errors import FailureClass, ProviderError
-from app.jobs import recovery as module
-from app.jobs import repository as repository_module
+from app.jobs import orphans, recovery, redelivery
 from app.jobs.models import Charged, JobStatus
 from app.jobs.recovery import Recovery
-from app.jobs.repository import Claim, JobRepository, Lease, NewJob
+from app.jobs.repository import Claim, JobRepository, Lease, NewJob, client, ledger, statements
 from app.jobs.retention import RetentionPolicy
 from app.providers.base import Prediction, PredictionRequest
 from app.providers.replicate import ReplicateProvider
@@ -101,7 +100,7 @@ class Worker:
 
     async def stop_orphans(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            await self.recovery.stop_orphans(tasks)
+            await self.recovery.orphans.stop_orphans(tasks)
 
     async def status(self, claim: Claim) -> JobStatus:
         job = await self.repository.get(claim.job.id)
@@ -172,33 +171,33 @@ class TestLeases:
 class TestRinging:
     @pytest.fixture(autouse=True)
     def _due_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(repository_module, "FIRST_RING_SECONDS", -1)
+        monkeypatch.setattr(client, "FIRST_RING_SECONDS", -1)
 
     async def test_due_jobs_are_rung_once(self, worker: Worker) -> None:
         job = await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        await worker.recovery.ring_due()
-        await worker.recovery.ring_due()
+        await worker.recovery.redelivery.ring_due()
+        await worker.recovery.redelivery.ring_due()
         assert worker.doorbell.rung == [job.id]
 
     async def test_a_long_queue_is_hardly_made_longer(self, worker: Worker) -> None:
-        await self._is_hardly_made_longer(worker, queue=module.QUEUE_TARGET)
+        await self._is_hardly_made_longer(worker, queue=redelivery.QUEUE_TARGET)
 
     async def test_a_worker_with_a_long_line_rings_for_few(self, worker: Worker) -> None:
-        await self._is_hardly_made_longer(worker, line=module.LINE_TARGET)
+        await self._is_hardly_made_longer(worker, line=redelivery.LINE_TARGET)
 
     async def _is_hardly_made_longer(self, worker: Worker, queue: int = 0, line: int = 0) -> None:
         """But whose message was lost meanwhile gets its turn."""
         jobs = [await worker.repository.add(NewJob("p", "a/b", {}), 60) for _ in range(8)]
         worker.doorbell.length, worker.runs.line = queue, strangers(line)
-        await worker.recovery.ring_due()
-        assert len(worker.doorbell.rung) == module.RINGS_AT_LEAST
-        await worker.recovery.ring_due()
+        await worker.recovery.redelivery.ring_due()
+        assert len(worker.doorbell.rung) == redelivery.RINGS_AT_LEAST
+        await worker.recovery.redelivery.ring_due()
         assert set(worker.doorbell.rung) == {job.id for job in jobs}
 
     async def test_freed_jobs_of_a_dead_worker_are_rung(self, worker: Worker) -> None:
         claim = await worker.claim()  # by a worker that has never said that it lives
         await worker.recovery.sweep()
-        await worker.recovery.ring_due()
+        await worker.recovery.redelivery.ring_due()
         assert worker.doorbell.rung == [claim.job.id]
 
 
@@ -207,7 +206,7 @@ class TestUnrung:
 
     @pytest.fixture(autouse=True)
     def _due_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(repository_module, "FIRST_RING_SECONDS", -1)
+        monkeypatch.setattr(client, "FIRST_RING_SECONDS", -1)
 
     @pytest.fixture
     def without_broker(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Worker:
@@ -220,18 +219,18 @@ class TestUnrung:
     async def test_due_jobs_begin_without_a_message(self, without_broker: Worker) -> None:
         job = await without_broker.repository.add(NewJob("p", "a/b", {}), 60)
         with pytest.raises(ConnectionRefusedError):
-            await without_broker.recovery.ring_due()
+            await without_broker.recovery.redelivery.ring_due()
         for _ in range(2):  # the other workers leave it alone
-            await without_broker.recovery.begin_unrung()
+            await without_broker.recovery.redelivery.begin_unrung()
         assert without_broker.runs.begun == [job.id]
 
     async def test_only_as_many_as_there_is_room_for(self, without_broker: Worker) -> None:
         for _ in range(5):
             await without_broker.repository.add(NewJob("p", "a/b", {}), 60)
         with pytest.raises(ConnectionRefusedError):
-            await without_broker.recovery.ring_due()
+            await without_broker.recovery.redelivery.ring_due()
         without_broker.runs.line = strangers(8)  # of 10
-        await without_broker.recovery.begin_unrung()
+        await without_broker.recovery.redelivery.begin_unrung()
         assert len(without_broker.runs.begun) == 2
 
     async def test_so_do_those_whose_ring_fails(
@@ -243,7 +242,7 @@ class TestUnrung:
         monkeypatch.setattr(worker.doorbell, "ring", full)
         job = await worker.repository.add(NewJob("p", "a/b", {}), 60)
         with pytest.raises(MemoryError):
-            await worker.recovery.ring_due()
+            await worker.recovery.redelivery.ring_due()
         assert worker.runs.begun == [job.id]
 
     async def test_a_database_that_fails_is_not_the_broker(
@@ -252,28 +251,28 @@ class TestUnrung:
         with monkeypatch.context() as patch:
             patch.setattr(worker.repository, "due", lambda _: 1 // 0)
             with pytest.raises(ZeroDivisionError):
-                await worker.recovery.ring_due()
+                await worker.recovery.redelivery.ring_due()
         await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        await worker.recovery.begin_unrung()
+        await worker.recovery.redelivery.begin_unrung()
         assert worker.runs.begun == []
 
     async def test_while_it_answers_they_wait_for_their_message(self, worker: Worker) -> None:
         await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        await worker.recovery.begin_unrung()
+        await worker.recovery.redelivery.begin_unrung()
         assert worker.runs.begun == []
 
     async def test_not_if_nothing_is_heard_of_them_by_an_idle_worker(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The consumer has stalled, and neither broker nor heartbeat shows it."""
-        monkeypatch.setattr(module, "UNHEARD_NEW_SECONDS", 0)
+        monkeypatch.setattr(redelivery, "UNHEARD_NEW_SECONDS", 0)
         jobs = [await worker.repository.add(NewJob("p", "a/b", {}), 60) for _ in range(3)]
         busy = [Lease(job_id, uuid4()) for job_id in strangers(5)]  # of 10
         for worker.runs.line, worker.runs.leases in ((strangers(1), []), ([], busy)):
-            await worker.recovery.begin_unrung()
+            await worker.recovery.redelivery.begin_unrung()
             assert worker.runs.begun == []
         worker.runs.leases = busy[1:]
-        await worker.recovery.begin_unrung()
+        await worker.recovery.redelivery.begin_unrung()
         assert set(worker.runs.begun) == {job.id for job in jobs}
 
     async def test_once_it_is_back_as_well(
@@ -282,10 +281,10 @@ class TestUnrung:
         with monkeypatch.context() as patch:
             patch.setattr(worker.doorbell, "queue_length", lambda: 1 // 0)
             with pytest.raises(ZeroDivisionError):
-                await worker.recovery.ring_due()
-        await worker.recovery.ring_due()
+                await worker.recovery.redelivery.ring_due()
+        await worker.recovery.redelivery.ring_due()
         await worker.repository.add(NewJob("p", "a/b", {}), 60)
-        await worker.recovery.begin_unrung()
+        await worker.recovery.redelivery.begin_unrung()
         assert worker.runs.begun == []
 
 
@@ -302,62 +301,62 @@ class TestUnheard:
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         job_id = await self._freed(worker)
-        await worker.recovery.ring_due()
-        await worker.recovery.resume_unheard()
+        await worker.recovery.redelivery.ring_due()
+        await worker.recovery.redelivery.resume_unheard()
         assert (worker.doorbell.rung, worker.runs.started) == ([job_id], [])
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", 0)
         for _ in range(2):
-            await worker.recovery.resume_unheard()
+            await worker.recovery.redelivery.resume_unheard()
         assert worker.runs.started[0] == job_id
 
     async def test_one_that_nobody_can_ring_for_is_run_as_well(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         job_id = await self._freed(worker)
-        await worker.recovery.resume_unheard()
+        await worker.recovery.redelivery.resume_unheard()
         assert worker.runs.started == []
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
-        await worker.recovery.resume_unheard()
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", 0)
+        await worker.recovery.redelivery.resume_unheard()
         assert worker.runs.started == [job_id]
 
     async def test_one_that_waits_for_its_claim_here_is_not_begun_again(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", 0)
         worker.runs.unclaimed = [await self._freed(worker)]
-        await worker.recovery.resume_unheard()
+        await worker.recovery.redelivery.resume_unheard()
         assert worker.runs.started == []
 
     async def test_no_more_are_begun_than_the_database_takes(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
-        monkeypatch.setattr(module, "RESUMES_AT_ONCE", 2)
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", 0)
+        monkeypatch.setattr(redelivery, "RESUMES_AT_ONCE", 2)
         for _ in range(3):
             await self._freed(worker)
         worker.runs.unclaimed = [uuid4()]
-        await worker.recovery.resume_unheard()
+        await worker.recovery.redelivery.resume_unheard()
         assert len(worker.runs.started) == 1
 
     async def test_new_jobs_and_retries_that_are_not_due_are_not(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", -60)
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", -60)
         await worker.repository.add(NewJob("p", "a/b", {}), 60)
         claim = await worker.claim()
         await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         await worker.repository.retry_later(
             claim.lease, delay_seconds=9, error_code="x", error_message="y"
         )
-        await worker.recovery.resume_unheard()
-        await worker.recovery.begin_again()
+        await worker.recovery.redelivery.resume_unheard()
+        await worker.recovery.redelivery.begin_again()
         assert (worker.runs.started, worker.runs.begun) == ([], [])
 
     async def test_what_is_not_paid_for_goes_in_line_before_the_new_ones(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Those whose worker died before it had created anything, and retries that are due."""
-        monkeypatch.setattr(module, "UNHEARD_SECONDS", 0)
+        monkeypatch.setattr(redelivery, "UNHEARD_SECONDS", 0)
         paid = await self._freed(worker)
         claims = [await worker.claim() for _ in range(2)]
         retried = claims[0].lease
@@ -365,13 +364,13 @@ class TestUnheard:
             retried, delay_seconds=0, error_code="x", error_message="y"
         )
         await worker.recovery.sweep()
-        worker.runs.line = strangers(module.AGAIN_TARGET)
-        await worker.recovery.begin_again()
+        worker.runs.line = strangers(redelivery.AGAIN_TARGET)
+        await worker.recovery.redelivery.begin_again()
         assert worker.runs.begun == []
         worker.runs.line = [*strangers(500), retried.job_id]
-        await worker.recovery.begin_again()
+        await worker.recovery.redelivery.begin_again()
         assert worker.runs.begun == [claims[1].job.id]
-        await worker.recovery.resume_unheard()
+        await worker.recovery.redelivery.resume_unheard()
         assert worker.runs.started == [paid]
 
 
@@ -431,7 +430,7 @@ async def test_a_worker_is_known_from_its_first_heartbeat(
 class TestOrphans:
     @pytest.fixture(autouse=True)
     def _left_to_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(repository_module, "STOP_AGAIN_SECONDS", 0)
+        monkeypatch.setattr(ledger, "STOP_AGAIN_SECONDS", 0)
 
     async def test_the_prediction_of_a_cancelled_job_is_cancelled(
         self, worker: Worker, replicate: ReplicateServer
@@ -452,7 +451,7 @@ class TestOrphans:
         duties = asyncio.create_task(worker.recovery.run())
         await asyncio.sleep(0.2)  # the first round is over, the next one a minute away
         await worker.repository.cancel(claim.job.id)
-        worker.recovery.nudge()
+        worker.recovery.orphans.nudge()
         async with asyncio.timeout(5):
             while (await worker.provider.get(prediction.id)).status != "canceled":
                 await asyncio.sleep(0.02)
@@ -465,10 +464,10 @@ class TestOrphans:
         claim = await worker.claim()
         await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         prediction = await worker.provider.create(REQUEST)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10, known=False) == []
 
@@ -476,14 +475,14 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Just after it was looked for in vain."""
-        monkeypatch.setattr(repository_module, "STOP_AGAIN_SECONDS", 60)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(ledger, "STOP_AGAIN_SECONDS", 60)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         replicate.configure(latency_seconds=30)
         claim = await worker.claim()
         attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         prediction = await worker.provider.create(REQUEST)
         assert await worker.repository.adopt(attempt.id, prediction)
         await worker.stop_orphans()
@@ -494,13 +493,13 @@ class TestOrphans:
     ) -> None:
         claim = await worker.claim()
         await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         assert len(await worker.repository.take_orphans(10, known=False)) == 1
-        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
-        await worker.recovery.stop_lost_orphans()
+        monkeypatch.setattr(orphans, "PATIENCE_SECONDS", 0)
+        await worker.recovery.orphans.stop_lost_orphans()
         assert await worker.repository.take_orphans(10, known=False) == []
         assert replicate.creates() == []
 
@@ -508,7 +507,7 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         replicate.configure(latency_seconds=30)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         lost, known = await worker.claim(), await worker.claim()
         await worker.repository.begin_attempt(lost.lease, "replicate", REQUEST)
         attempt = await worker.repository.begin_attempt(known.lease, "replicate", REQUEST)
@@ -522,7 +521,7 @@ class TestOrphans:
             raise ProviderError(FailureClass.PERMANENT, "input_deleted", "")
 
         monkeypatch.setattr(worker.provider, "find", find)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         await worker.stop_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         for is_known in (True, False):
@@ -537,7 +536,7 @@ class TestOrphans:
         duties = asyncio.create_task(worker.recovery.run())
         for claim in claims:
             await worker.repository.cancel(claim.job.id)
-            worker.recovery.nudge()
+            worker.recovery.orphans.nudge()
             await asyncio.sleep(0.4)
         duties.cancel()
         assert [bool(made.cancel_calls) for made in replicate.creates()] == [False, True]
@@ -565,14 +564,14 @@ class TestOrphans:
     async def test_one_that_may_be_it_is_not_called_absent(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(orphans, "PATIENCE_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         claim = await worker.claim(seed=1)
         await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         await worker.provider.create(PredictionRequest("acme/other", REQUEST.input, 60))
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         [settled] = await worker.repository.attempts(claim.job.id)
         assert (settled.outcome, settled.charged) == ("unknown", Charged.UNKNOWN)
 
@@ -599,7 +598,7 @@ class TestOrphans:
     ) -> None:
         """A client cancels a job whose create was lost, and asks for the same again."""
         replicate.configure(latency_seconds=30)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         cancelled, again = await worker.claim(seed=1), await worker.claim(seed=1)
         for claim, name in ((cancelled, "acme/painter"), (again, f"acme/painter{version}")):
             request = replace(REQUEST, model_name=name)
@@ -607,10 +606,10 @@ class TestOrphans:
         prediction = await worker.provider.create(REQUEST)  # and its answer is still on its way
         for _ in range(2):
             await worker.repository.cancel(cancelled.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status in ("starting", "processing")
-        monkeypatch.setattr(module, "ORPHAN_PATIENCE_SECONDS", 0)
-        await worker.recovery.stop_lost_orphans()
+        monkeypatch.setattr(orphans, "PATIENCE_SECONDS", 0)
+        await worker.recovery.orphans.stop_lost_orphans()
         [settled] = await worker.repository.attempts(cancelled.job.id)
         assert (settled.outcome, settled.charged) == ("unknown", Charged.UNKNOWN)
 
@@ -618,14 +617,14 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         replicate.configure(latency_seconds=30)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         claims = [await worker.claim(seed=1) for _ in range(2)]
         for claim in claims:
             await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         predictions = [await worker.provider.create(REQUEST) for _ in claims]
         for claim in claims * 2:
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         await worker.stop_orphans()
         for prediction in predictions:
             assert (await worker.provider.get(prediction.id)).status == "canceled"
@@ -634,14 +633,14 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         replicate.configure(latency_seconds=30)
-        monkeypatch.setattr(repository_module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         claim = await worker.claim()
         await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         elsewhere = PredictionRequest("acme/sculptor", REQUEST.input, 60)
         prediction = await worker.provider.create(elsewhere)
         for _ in range(2):
             await worker.repository.cancel(claim.job.id)
-        await worker.recovery.stop_lost_orphans()
+        await worker.recovery.orphans.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
 
 
@@ -690,7 +689,7 @@ class TestHousekeeping:
         assert stray.exists()
 
     def test_long_is_well_before_the_provider_deletes_it(self) -> None:
-        assert module.AT_RISK_SECONDS <= 1800  # of 3600
+        assert recovery.AT_RISK_SECONDS <= 1800  # of 3600
 
     async def test_an_output_that_waits_long_is_reported(
         self,
@@ -698,8 +697,8 @@ class TestHousekeeping:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         logged = CapturingLogger()
-        monkeypatch.setattr(module, "log", logged)
-        monkeypatch.setattr(module, "AT_RISK_SECONDS", 0)
+        monkeypatch.setattr(recovery, "log", logged)
+        monkeypatch.setattr(recovery, "AT_RISK_SECONDS", 0)
         claim = await worker.claim()
         attempt = await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
         await worker.recovery.keep_house()

@@ -8,9 +8,9 @@ import psycopg
 import pytest
 
 from app.errors import LeaseLost
-from app.jobs import repository as module
 from app.jobs.models import Charged, Job, JobPhase, JobStatus, Output
-from app.jobs.repository import Claim, JobRepository, NewJob, Settlement
+from app.jobs.repository import Claim, JobRepository, NewJob, client, ledger, statements
+from app.jobs.settlement import Settlement
 from app.providers.base import Prediction, PredictionRequest
 from scripts.servers import Postgres
 
@@ -145,7 +145,7 @@ class TestPredictionIds:
     async def test_the_id_is_kept_although_a_cancel_came_first(
         self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         claim = await claimed(repository)
         attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
         await repository.cancel(claim.job.id)
@@ -170,7 +170,7 @@ class TestPredictionIds:
     async def test_an_orphan_that_was_not_stopped_comes_again(
         self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "STOP_AGAIN_SECONDS", 0)
+        monkeypatch.setattr(ledger, "STOP_AGAIN_SECONDS", 0)
         claim = await claimed(repository)
         attempt = await repository.begin_attempt(claim.lease, "mock", REQUEST)
         await repository.record_prediction(claim.lease, attempt.id, prediction())
@@ -256,7 +256,7 @@ class TestCancel:
         await repository.cancel(claim.job.id)
         await repository.finish_cancels()
         assert (await reload(repository, claim.job.id)).status is JobStatus.PROCESSING
-        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         await repository.finish_cancels()
         assert (await reload(repository, claim.job.id)).status is JobStatus.CANCELLED
 
@@ -283,7 +283,7 @@ class TestSweep:
     async def test_a_due_job_is_rung_once_by_many_sweeps(
         self, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "FIRST_RING_SECONDS", -1)
+        monkeypatch.setattr(client, "FIRST_RING_SECONDS", -1)
         ids = [await add(repository) for _ in range(20)]
         rounds = await asyncio.gather(*(repository.due(20) for _ in range(5)))
         assert sorted(job_id for due in rounds for job_id in due) == ids

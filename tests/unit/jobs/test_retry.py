@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import FailureClass, ProviderError
-from app.jobs.retry import Decision, Fail, Retry, RetryPolicy, backoff_seconds, decide
+from app.jobs.retry import Retry, RetryPolicy, backoff_seconds, decide
 
 POLICY = RetryPolicy(max_retries=3, backoff_factor=2, backoff_max_seconds=300, grace_seconds=3)
 
@@ -22,7 +22,7 @@ def decision(
     asked: float | None = None,
     jitter: float = 0.0,
     policy: RetryPolicy = POLICY,
-) -> Decision:
+) -> Retry | None:
     return decide(
         failure(failure_class, asked),
         retry_count=retries,
@@ -86,8 +86,8 @@ class TestDecide:
             (FailureClass.TRANSIENT, 0, 0, None, Retry(2, retries=1)),
             (FailureClass.TRANSIENT, 1, 0, None, Retry(4, retries=1)),
             (FailureClass.TRANSIENT, 2, 0, None, Retry(8, retries=1)),
-            (FailureClass.TRANSIENT, 3, 0, None, Fail()),
-            (FailureClass.TRANSIENT, 9, 0, None, Fail()),
+            (FailureClass.TRANSIENT, 3, 0, None, None),
+            (FailureClass.TRANSIENT, 9, 0, None, None),
             (FailureClass.TRANSIENT, 0, 50, None, Retry(2, retries=1)),  # throttles cost nothing
             # throttled: as asked, else 2 ** n of its own count; never an attempt, never the end
             (FailureClass.THROTTLED, 0, 0, 5.0, Retry(5, throttles=1)),
@@ -111,8 +111,8 @@ class TestDecide:
             (FailureClass.INTERNAL, 0, 0, None, Retry(5)),
             (FailureClass.INTERNAL, 3, 99, None, Retry(5)),
             # permanent: at once, however many retries are left
-            (FailureClass.PERMANENT, 0, 0, None, Fail()),
-            (FailureClass.PERMANENT, 3, 0, 5.0, Fail()),
+            (FailureClass.PERMANENT, 0, 0, None, None),
+            (FailureClass.PERMANENT, 3, 0, 5.0, None),
         ],
     )
     def test_every_class(
@@ -121,7 +121,7 @@ class TestDecide:
         retries: int,
         throttles: int,
         asked: float | None,
-        wanted: Decision,
+        wanted: Retry | None,
     ) -> None:
         found = decision(failure_class, retries=retries, throttles=throttles, asked=asked)
         assert found == wanted
@@ -145,14 +145,14 @@ class TestDecide:
 
     def test_without_retries_the_first_transient_failure_is_the_last(self) -> None:
         policy = RetryPolicy(0, 2, 300, 0)
-        assert decision(FailureClass.TRANSIENT, policy=policy) == Fail()
+        assert decision(FailureClass.TRANSIENT, policy=policy) is None
 
     @pytest.mark.parametrize("failure_class", list(FailureClass))
     def test_the_number_of_attempts_is_bounded(self, failure_class: FailureClass) -> None:
         """However a job fails, what counts as an attempt ends after `max_retries`."""
         attempts, found = 1, decision(failure_class)
         for _ in range(100):
-            if isinstance(found, Fail):
+            if found is None:
                 break
             attempts += found.retries
             found = decision(failure_class, retries=attempts - 1)

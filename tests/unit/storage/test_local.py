@@ -4,9 +4,9 @@ import asyncio
 import errno
 import os
 import shutil
-import tracemalloc
 import stat
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from app.storage.local import LocalStorage
 from tests.contracts.storage import KEY, Owner, StorageContract, listed, put, read
 
 METADATA_KEY = "metadata/picture.json"
-
 
 
 def files_in(folder: Path) -> list[str]:
