@@ -12,8 +12,8 @@ from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
 from app.jobs.models import Attempt, AttemptState
 from app.jobs.reconcile import asked_for
-from app.providers.answers import read_prediction
 from app.providers.base import Prediction, may_be
+from app.providers.replicate.answers import read_prediction
 from app.tasks.wakeups import wake
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])

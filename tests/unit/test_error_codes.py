@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.providers.replicate import ACCOUNT_REFUSALS
+from app.providers.replicate.failures import ACCOUNT_REFUSALS
 
 ROOT = Path(__file__).parents[2]
 # The calls that a code is written down in.

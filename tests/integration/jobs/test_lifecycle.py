@@ -271,7 +271,9 @@ class TestFailures:
     async def test_throttling_costs_no_attempt(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.providers.replicate.RETRY_AFTER_BOUNDS_SECONDS", (0.01, 0.02))
+        monkeypatch.setattr(
+            "app.providers.replicate.failures.RETRY_AFTER_BOUNDS_SECONDS", (0.01, 0.02)
+        )
         replicate.push_fault("create", "status", status=429, times=5)
         job_id = await parts.add()
         await self._until_done(parts, job_id)

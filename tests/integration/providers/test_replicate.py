@@ -20,11 +20,10 @@ import pytest_asyncio
 import trustme
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers import replicate as module
 from app.providers.base import PredictionRequest
 from app.providers.governor import Call
 from app.providers.outcome import output_values
-from app.providers.replicate import ReplicateProvider
+from app.providers.replicate import ReplicateProvider, client, connections
 from tests.contracts.provider import Provide, ProviderContract, fetched, finished
 from tests.doubles.replicate_server import ReplicateServer
 from tests.doubles.ungoverned import Ungoverned
@@ -83,7 +82,7 @@ class Reports(Ungoverned):
 @pytest.fixture(autouse=True)
 def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure shows at once; `test_a_page_that_fails_is_asked_for_again` has the other tries."""
-    monkeypatch.setattr(module, "TRIES_PER_PAGE", 1)
+    monkeypatch.setattr(client, "TRIES_PER_PAGE", 1)
 
 
 @asynccontextmanager
@@ -441,7 +440,7 @@ class TestCreateIsSentOnce:
     async def test_no_free_connection_is_proven_unsent(
         self, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "CREATE_CONNECTIONS", 1)
+        monkeypatch.setattr(connections, "CREATE_CONNECTIONS", 1)
         double.configure(starting_seconds=60, latency_seconds=60)
         async with new_provider(double.origin, timeout_seconds=0.4, wait=1) as provider:
             first = asyncio.create_task(provider.create(REQUEST))
@@ -656,7 +655,7 @@ class TestHeldWaits:
     async def test_only_so_many_creates_are_held_at_once(
         self, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "HELD_WAITS", 4)
+        monkeypatch.setattr(client, "HELD_WAITS", 4)
         double.configure(starting_seconds=0, latency_seconds=0.4)
         async with new_provider(double.origin, wait=5) as provider:
             ended = await asyncio.gather(*(provider.create(REQUEST) for _ in range(7)))
@@ -671,7 +670,7 @@ class TestHeldWaits:
     async def test_a_failed_create_is_held_no_longer(
         self, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "HELD_WAITS", 1)
+        monkeypatch.setattr(client, "HELD_WAITS", 1)
         async with new_provider(double.origin, wait=5) as provider:
             for fault in (500, 422, 429):
                 double.push_fault("create", "status", status=fault)
@@ -686,7 +685,7 @@ class TestHeldWaits:
         assert double.creates()[-1].headers["prefer"] == "wait=5"
 
     async def test_the_default_bound_leaves_connections_for_creates_that_do_not_wait(self) -> None:
-        assert 0 < module.HELD_WAITS < module.CREATE_CONNECTIONS
+        assert 0 < client.HELD_WAITS < connections.CREATE_CONNECTIONS
 
     async def test_a_wait_that_ends_early_returns_the_running_prediction(
         self, double: ReplicateServer
@@ -955,7 +954,7 @@ class TestPoll:
     async def test_the_more_there_are_the_more_pages_are_read(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PAGES_PER_POLL", 1)
+        monkeypatch.setattr(client, "PAGES_PER_POLL", 1)
         ids = await created_ids(provider, 150)
         assert (await provider.poll(ids)).keys() == set(ids)
         assert double.ledger().requests == {"create": 150, "list": 2}
@@ -971,7 +970,7 @@ class TestPoll:
     async def test_reads_are_bounded_and_nobody_is_left_out_for_ever(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "GETS_PER_POLL", 4)
+        monkeypatch.setattr(client, "GETS_PER_POLL", 4)
         ids = await created_ids(provider, 8)
         double.configure(list_lag_seconds=3600)
         seen: set[str] = set()
@@ -1033,7 +1032,7 @@ class TestFind:
         created = await provider.create(REQUEST)
         assert [seen.id for seen in await provider.find(REQUEST, 1)] == [created.id]
         if ahead_seconds <= 0:  # else ours is taken, and it is looked back for longer
-            monkeypatch.setattr("app.providers.search.MARGIN_SECONDS", -60.0)
+            monkeypatch.setattr("app.providers.replicate.search.MARGIN_SECONDS", -60.0)
             assert await provider.find(REQUEST, 30) == []
 
     async def test_none_is_an_empty_list(
@@ -1055,7 +1054,7 @@ class TestFind:
     async def test_a_list_without_end_proves_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PAGES_PER_SEARCH", 2)
+        monkeypatch.setattr(client, "PAGES_PER_SEARCH", 2)
         await created_ids(provider, 201)
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         error = await failure(provider.find(other, A_DAY_SECONDS))
@@ -1065,7 +1064,7 @@ class TestFind:
     async def test_a_page_that_fails_is_asked_for_again(
         self, provider: ReplicateProvider, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "TRIES_PER_PAGE", 3)
+        monkeypatch.setattr(client, "TRIES_PER_PAGE", 3)
         ids = await created_ids(provider, 101)
         wanted = await provider.get(ids[0])
         double.push_fault("list", "status", status=500, times=2)

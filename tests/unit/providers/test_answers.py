@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from app.providers.answers import read_prediction
 from app.providers.base import Prediction, PredictionRequest, is_of, may_be, of_model
+from app.providers.replicate.answers import read_prediction
 
 BODY = {"id": "p1", "status": "succeeded"}
 HASH = "5" * 64

@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import FailureClass, ProviderError
 from app.providers.base import Prediction, PredictionRequest
-from app.providers.search import Page, PredictionSearch
+from app.providers.replicate.search import Page, PredictionSearch
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 A_DAY = 86400.0

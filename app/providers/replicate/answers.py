@@ -1,10 +1,17 @@
-"""Reads Replicate's prediction objects, whatever they hold."""
+"""Reads Replicate's answers, whatever they hold."""
 
 import math
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 
+import httpx
+
 from app.providers.base import Prediction
+from app.providers.replicate.search import Page
+
+# A clock that differs by more from the provider's is plainly wrong.
+CLOCK_DIFFERENCE = timedelta(hours=1)
 
 
 def read_prediction(body: Any) -> Prediction:
@@ -39,6 +46,41 @@ def read_prediction(body: Any) -> Prediction:
     )
 
 
+def read_page(entries: Any, response: httpx.Response) -> Page:
+    """Read what can be read: one strange entry must not hide the others. Raises: TypeError."""
+    predictions, unreadable = [], 0
+    for entry in entries:
+        try:
+            predictions.append(read_prediction(entry))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unreadable += 1
+    return Page(predictions, _answered_at(response), unreadable)
+
+
+def _answered_at(response: httpx.Response) -> datetime:
+    """Return when the provider answered by its own clock; by ours if it does not say.
+
+    Ours also if it is a little behind: to look too far back costs a page, not far enough a second
+    create.
+    """
+    ours = datetime.now(UTC)
+    at = own_date(response) or ours
+    return min(at, ours) if abs(at - ours) < CLOCK_DIFFERENCE else at
+
+
+def own_date(response: httpx.Response) -> datetime | None:
+    """Return when the provider says that it answered; None if it does not say."""
+    try:
+        return as_utc(parsedate_to_datetime(response.headers["date"]))
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def as_utc(at: datetime) -> datetime:
+    """Return the time with its zone: UTC unless it says otherwise."""
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
 def storable(text: str) -> str:
     """Drop what PostgreSQL keeps in no text: NUL, and halves of a surrogate pair."""
     return text.replace("\0", "").encode(errors="replace").decode()
@@ -50,7 +92,7 @@ def _time(value: Any) -> datetime | None:
         at = datetime.fromisoformat(value)
     except (ValueError, TypeError):
         return None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
+    return as_utc(at)
 
 
 def _seconds(value: Any) -> float | None:
