@@ -22,6 +22,7 @@ from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import JobRepository, NewJob
 from app.jobs.retry import RetryPolicy
+from app.jobs.settlement import absent
 from app.jobs.watch import PredictionWatcher
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
@@ -33,6 +34,8 @@ from tests.doubles.ungoverned import Ungoverned
 from tests.s3_server import KEYS
 
 pytestmark = pytest.mark.usefixtures("watching")
+
+ABORTED = {"kind": "status_sequence", "sequence": [[0.1, "aborted"]]}
 
 
 class Died(BaseException):
@@ -261,6 +264,41 @@ class TestFailures:
         assert (await parts.job(job_id)).error_code == code
         assert replicate.ledger().requests["create"] == 1
 
+    @pytest.mark.parametrize(
+        ("fault", "outcome", "error_class", "charged", "has_time"),
+        [
+            ({"kind": "fail"}, "failed", "transient", "yes", True),
+            ({"kind": "fail", "error": "NSFW"}, "failed", "permanent", "yes", True),
+            (
+                {"kind": "status_sequence", "sequence": [[0.1, "aborted"]]},
+                "aborted",
+                "transient",
+                "no",
+                False,
+            ),
+            ({"kind": "status", "status": 422}, "invalid_input", "permanent", "no", False),
+            ({"kind": "status", "status": 429}, "provider_throttled", "throttled", "no", False),
+        ],
+    )
+    async def test_the_ledger_says_how_the_attempt_ended_and_what_it_costs(
+        self,
+        parts: Parts,
+        replicate: ReplicateServer,
+        fault: dict[str, Any],
+        outcome: str,
+        error_class: str,
+        charged: str,
+        has_time: bool,
+    ) -> None:
+        replicate.push_fault("create", **fault)
+        job_id = await parts.add()
+        await parts.run(job_id)
+        [attempt] = await parts.repository.attempts(job_id)
+        assert attempt.state == "settled"
+        assert (attempt.outcome, attempt.error_class) == (outcome, error_class)
+        assert attempt.charged == charged
+        assert (attempt.predict_time_seconds is not None) is has_time
+
     async def test_moderation_is_final(self, parts: Parts, replicate: ReplicateServer) -> None:
         replicate.push_fault("create", "fail", error="NSFW content detected", times=None)
         job_id = await parts.add()
@@ -398,6 +436,35 @@ class TestLostCreates:
         assert (await parts.run_to_the_end(job_id))[-1] == "completed"
         assert len(replicate.creates()) == 1
 
+    @pytest.mark.parametrize(("status", "gap_seconds"), [(429, 60), (500, 0.1)])
+    async def test_nor_do_two_that_are_no_one_silence(
+        self,
+        parts: Parts,
+        replicate: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int,
+        gap_seconds: float,
+    ) -> None:
+        """A 429 is an answer, of a kind; and what lies far apart is not one long failure."""
+        monkeypatch.setattr("app.jobs.reconcile.LONGEST_GAP_SECONDS", gap_seconds)
+        parts.change_reconcile_policy(deadline_seconds=0.2)
+        replicate.push_fault("create", "accept_then_drop")
+        job_id = await parts.add()
+        await parts.run(job_id)
+        for _ in range(2):
+            await asyncio.sleep(0.3)
+            replicate.push_fault("list", "status", status=status, times=3)
+            await self._until_it_has_looked(parts, job_id)
+            replicate.clear_faults()
+        assert (await parts.run_to_the_end(job_id))[-1] == "completed"
+        assert len(replicate.creates()) == 1
+
+    async def _until_it_has_looked(self, parts: Parts, job_id: UUID) -> None:
+        """Run the job once it is due: a 429 asks for a second."""
+        while (result := await parts.run(job_id)).outcome is Outcome.SKIPPED:
+            await asyncio.sleep(0.05)
+        assert result.outcome is Outcome.RETRY
+
     @pytest.mark.parametrize("ahead_seconds", [600, -600])
     async def test_whatever_the_providers_clock_says(
         self, parts: Parts, replicate: ReplicateServer, ahead_seconds: int
@@ -524,6 +591,36 @@ class TestLostCreates:
         await parts.repository.release_dead(0)
         assert await parts.run_to_the_end(job_id) == ["completed"]
         assert len(replicate.creates()) == 1
+
+    async def test_it_is_stopped_if_its_job_is_creating_another_by_now(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It came after the create was called absent: it belongs to nobody."""
+        repository, create = parts.repository, parts.provider.create
+        replicate.configure(latency_seconds=30)
+
+        async def too_slow(request: PredictionRequest, *args: Any) -> Any:
+            prediction = await create(request, *args)
+            await repository.release_dead(0)
+            claim = await repository.claim(job_id, uuid4(), 60)
+            assert claim is not None
+            assert claim.attempt is not None
+            lost = absent(claim.attempt)
+            await repository.retry_later(
+                claim.lease, delay_seconds=0, error_code="c", error_message="m", settlement=lost
+            )
+            again = await repository.claim(job_id, uuid4(), 60)
+            assert again is not None
+            await repository.begin_attempt(again.lease, "replicate", request)
+            return prediction
+
+        job_id = await parts.add()
+        monkeypatch.setattr(parts.provider, "create", too_slow)
+        assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        [made] = replicate.creates()
+        assert len(made.cancel_calls) == 1
+        first, second = await repository.attempts(job_id)
+        assert (first.outcome, first.prediction_id, second.state) == ("absent", None, "intent")
 
 
 # Every step that changes something outside the process. The provider's ledger must show exactly one

@@ -588,6 +588,34 @@ class TestOrphans:
             assert row.state == state
         assert (await worker.provider.get(prediction.id)).status == "canceled"
 
+    async def test_one_that_the_provider_does_not_know_yet_is_not_given_up(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim, _ = await worker.submit()
+        await worker.repository.cancel(claim.job.id)
+        for patience_seconds, state in ((120, "submitted"), (0, "settled")):
+            monkeypatch.setattr(orphans, "PATIENCE_SECONDS", patience_seconds)
+            for kind in ("cancel", "get"):
+                replicate.push_fault(kind, "status", status=404)
+            await worker.stop_orphans()
+            [row] = await worker.repository.attempts(claim.job.id)
+            assert row.state == state
+        assert (row.outcome, row.charged) == ("unknown", Charged.UNKNOWN)
+
+    async def test_one_that_cannot_be_stopped_is_tried_for_an_hour(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        replicate.push_fault("cancel", "status", status=500, times=None)
+        claim, _ = await worker.submit()
+        await worker.repository.cancel(claim.job.id)
+        for memory_seconds, state in ((3600, "submitted"), (0, "settled")):
+            monkeypatch.setattr(orphans, "MEMORY_SECONDS", memory_seconds)
+            await worker.stop_orphans()
+            [row] = await worker.repository.attempts(claim.job.id)
+            assert row.state == state
+        assert (row.outcome, row.error_class) == ("unknown", FailureClass.TRANSIENT)
+
     @pytest.mark.parametrize("version", ["", f":{'0' * 64}"])
     async def test_the_prediction_of_an_equal_create_is_left_alone(
         self,
@@ -711,31 +739,33 @@ class TestHousekeeping:
         assert call.kwargs["job_id"] == str(claim.job.id)
 
 
-DUTIES = (
-    "heartbeat",
-    "check_leases",
-    "sweep",
-    "ring_due",
-    "begin_unrung",
-    "resume_unheard",
-    "begin_again",
-    "stop_lost_orphans",
-    "stop_orphans",
-    "keep_house",
-    "enforce_retention",
-    "remove_strays",
-)
+DUTIES = {
+    "recovery": (
+        "heartbeat",
+        "check_leases",
+        "sweep",
+        "keep_house",
+        "enforce_retention",
+        "remove_strays",
+    ),
+    "redelivery": ("ring_due", "begin_unrung", "resume_unheard", "begin_again"),
+    "orphans": ("stop_lost_orphans", "stop_orphans"),
+}
 
 
 async def test_every_duty_is_done_from_the_start(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = {name: AsyncMock() for name in DUTIES}
-    for name, duty in done.items():
-        monkeypatch.setattr(worker.recovery, name, duty)
-    duties = asyncio.create_task(worker.recovery.run())
+    done: list[AsyncMock] = []
+    recovery = worker.recovery
+    rooms = {"recovery": recovery, "redelivery": recovery.redelivery, "orphans": recovery.orphans}
+    for room, names in DUTIES.items():
+        for name in names:
+            done.append(duty := AsyncMock())
+            monkeypatch.setattr(rooms[room], name, duty)
+    duties = asyncio.create_task(recovery.run())
     async with asyncio.timeout(5):
-        while not all(duty.called for duty in done.values()):
+        while not all(duty.called for duty in done):
             await asyncio.sleep(0.02)
     duties.cancel()
 
