@@ -320,8 +320,9 @@ class Lifecycle:
     async def _decoding(self, claim: Claim) -> AsyncIterator[None]:
         """Have the row say that this job will have crashed the worker, if it does."""
         crash_count = claim.job.crash_count
-        await self._repository.begin_decoding(claim.lease, crash_count + 1)
         try:
+            # In here: its commit may be done although its answer is lost, or we are stopped.
+            await self._repository.begin_decoding(claim.lease, crash_count + 1)
             yield
         finally:
             # Three crashes that never were would fail the job.
@@ -340,17 +341,21 @@ class Lifecycle:
         )
         try:
             if decision is None:
-                return await self._fail(claim.lease, error, settlement)
+                return await self._fail(claim, error, settlement)
             return await self._retry_later(claim, error, settlement, decision)
         except LeaseLost:
             log.info("lease_lost")
             return RunResult(Outcome.SKIPPED)
 
     async def _fail(
-        self, lease: Lease, error: ProviderError, settlement: Settlement | None
+        self, claim: Claim, error: ProviderError, settlement: Settlement | None
     ) -> RunResult:
         await self._repository.fail(
-            lease, error_code=error.code, error_message=error.message, settlement=settlement
+            claim.lease,
+            error_code=error.code,
+            error_message=error.message,
+            settlement=settlement,
+            left_open=claim.attempt,
         )
         log.warning("job_failed", code=error.code)
         return RunResult(Outcome.FAILED, error.code)

@@ -69,7 +69,8 @@ class Recovery:
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
         self._heard_at = clock.now()
-        self._unheard_until = 0.0
+        # Were the database just back, the living would not have had the time to say so.
+        self._unheard_until = clock.now() + 2 * heartbeat_seconds
         self.orphans = OrphanStopper(repository, provider)
         self.redelivery = Redelivery(repository, doorbell, runs, concurrency=concurrency)
         self.living_workers = 1
@@ -148,10 +149,13 @@ class Recovery:
             log.warning("jobs_taken_from_silent_worker", jobs=len(freed), job_ids=shown)
 
     async def keep_house(self) -> None:
-        """Remove what dead processes left half-written; warn of outputs that may be lost soon."""
+        """Warn of outputs that may be lost soon; remove what dead processes left half-written."""
+        await self._warn_of_risks()  # first: it is a storage that fails which puts them at risk
         removed = await self._storage.clean(LEFTOVER_SECONDS)
         if removed:
             log.info("leftovers_removed", files=removed)
+
+    async def _warn_of_risks(self) -> None:
         for attempt in await self._repository.unstored(AT_RISK_SECONDS, BATCH):
             at = attempt.submitted_at
             shown = at.isoformat() if at else None

@@ -6,6 +6,7 @@ from uuid import UUID
 
 import structlog
 
+from app.errors import StorageError
 from app.jobs.models import DeletionKind
 from app.jobs.repository import JobRepository
 from app.storage.base import (
@@ -43,46 +44,65 @@ async def enforce_retention(
     they are gone. A crash in between leaves marks without that note: they are taken up again
     by any worker, and deleting twice does no harm.
 
-    Raises: StorageError - the rest is deleted later.
+    Raises: StorageError - what can not be deleted is tried again later; all else is deleted.
     """
     days = {
         DeletionKind.MEDIA: policy.media_days,
         DeletionKind.METADATA: policy.metadata_days,
     }
+    failures: list[StorageError] = []
     for kind, kept_days in days.items():
-        abandoned = await repository.unpurged(kind, ABANDONED_SECONDS, BATCH)
-        await _purge(repository, storage, kind, abandoned)
         if kept_days is not None:
-            await _delete_due(repository, storage, kind, kept_days * DAY_SECONDS)
+            failures += await _delete_due(repository, storage, kind, kept_days * DAY_SECONDS)
+        abandoned = await repository.unpurged(kind, ABANDONED_SECONDS, BATCH)
+        failures += await _purge(repository, storage, kind, abandoned)
+    if failures:
+        raise failures[0]
 
 
 async def _delete_due(
     repository: JobRepository, storage: Storage, kind: DeletionKind, older_than_seconds: float
-) -> None:
+) -> list[StorageError]:
+    failures: list[StorageError] = []
     for _ in range(BATCHES_PER_ROUND):
         marked = await repository.mark_deleted(kind, older_than_seconds, BATCH)
-        await _purge(repository, storage, kind, marked)
+        failures += await _purge(repository, storage, kind, marked)
         if len(marked) < BATCH:
-            return
+            break
+    return failures
 
 
 async def _purge(
     repository: JobRepository, storage: Storage, kind: DeletionKind, job_ids: Sequence[UUID]
-) -> None:
+) -> list[StorageError]:
+    """Delete these jobs' files; return why some are still there: one must not keep all others."""
     if not job_ids:
-        return
-    for key in await _keys(repository, kind, job_ids):
-        await storage.delete(key)
-    await repository.note_purged(kind, job_ids)
-    log.info("files_deleted", kind=kind, jobs=len(job_ids))
+        return []
+    gone, failures = [], []
+    for job_id, keys in (await _keys(repository, kind, job_ids)).items():
+        try:
+            for key in keys:
+                await storage.delete(key)
+            gone.append(job_id)
+        except StorageError as error:
+            failures.append(error)
+    await repository.note_purged(kind, gone)
+    if gone:
+        log.info("files_deleted", kind=kind, jobs=len(gone))
+    return failures
 
 
 async def _keys(
     repository: JobRepository, kind: DeletionKind, job_ids: Sequence[UUID]
-) -> list[str]:
+) -> dict[UUID, list[str]]:
     if kind is DeletionKind.METADATA:
-        return [metadata_key(job_id) for job_id in job_ids]
+        return {job_id: [metadata_key(job_id)] for job_id in job_ids}
     found = await repository.outputs(job_ids)
-    names = [output.name for outputs in found.values() for output in outputs]
-    thumbnails = [thumbnail_key(name, size) for name in names for size in THUMBNAIL_SIZES]
-    return [*map(media_key, names), *thumbnails]
+    return {
+        job_id: [key for output in found.get(job_id, ()) for key in _media_keys(output.name)]
+        for job_id in job_ids
+    }
+
+
+def _media_keys(name: str) -> list[str]:
+    return [media_key(name), *(thumbnail_key(name, size) for size in THUMBNAIL_SIZES)]

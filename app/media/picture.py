@@ -4,6 +4,7 @@ They are decoded with Pillow, so in a child process only: see `decoder`.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _CONVERTED_BYTES = 6.0  # when a PNG with transparency, or of 16 bits, becomes s
 _TURNED_BYTES = 4.1  # once more, when it is turned upright
 _READ_WHOLE = ("WEBP", "AVIF")
 _SPARE_BYTES = 8 << 20
+# Half of what the child may take for a picture.
+ANIMATION_SECONDS = 2.5
 
 # A thread per core would make its own share of memory, and wait for the same two cores.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -64,10 +67,16 @@ def make_png(path: Path, limits: Limits, parameters: str = "") -> PictureInfo:
 
 
 def verify(path: Path, limits: Limits) -> PictureInfo:
-    """Check the picture as `make_png` does, every frame of it, but leave it what it is."""
+    """Check the picture as `make_png` does, every frame of it, but leave it what it is.
+
+    Raises: as `make_png`; TooLargeToDecode also of an animation that would take too long.
+    """
+    began = time.process_time()
     with blaming_the_picture(), path.open("rb") as file, open_picture(file, limits) as picture:
-        colours = set()
+        colours: set[object] = set()
         for frame in ImageSequence.Iterator(picture):
+            if colours and time.process_time() - began > ANIMATION_SECONDS:
+                raise TooLargeToDecode(*picture.size)
             frame.load()
             colours.add(_only_colour(frame))
         return PictureInfo(picture.size, None not in colours and len(colours) == 1)

@@ -145,10 +145,19 @@ def old_files(paths: Iterable[Path], older_than_seconds: float, folder: Path) ->
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove the files; return how many were still there. Blocking."""
-    removed = 0
+    """Remove the files; return how many were still there. Blocking.
+
+    Raises: OSError - one of them cannot be removed; the others are.
+    """
+    removed, failure = 0, None
     for path in paths:
-        with suppress(FileNotFoundError):
+        try:
             path.unlink()
             removed += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
     return removed

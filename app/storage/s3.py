@@ -76,11 +76,12 @@ class S3Storage:
         """See `Storage.put`."""
         checked_key(key)
         try:
+            await asyncio.to_thread(path.touch)  # young enough to be left alone for a slow upload
             if (await asyncio.to_thread(path.stat)).st_size > PART_BYTES:
                 await self._put_in_parts(key, path, still_ours)
             else:
                 await self._put_whole(key, path, still_ours)
-            await asyncio.to_thread(path.unlink)
+            await asyncio.to_thread(path.unlink, missing_ok=True)
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot store {key}: {type(error).__name__}") from error
 

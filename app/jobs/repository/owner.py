@@ -19,6 +19,7 @@ from app.jobs.repository.statements import (
     ended,
     expect,
     expect_settled,
+    expect_unchanged,
     give_prediction,
     guarded,
     has_prediction,
@@ -212,7 +213,10 @@ class OwnerSide(Repository):
             error_code=error_code,
             error_message=error_message,
         )
-        await self._finish(statement, settlement)
+        async with self._transactions.begin() as session:
+            await expect(session, statement)
+            if settlement is not None:
+                await expect_settled(session, settlement)
 
     async def fail(
         self,
@@ -221,15 +225,23 @@ class OwnerSide(Repository):
         error_code: str,
         error_message: str,
         settlement: Settlement | None = None,
+        left_open: Attempt | None = None,
     ) -> None:
         """processing -> failed, with words that the client may read.
 
-        Raises: LeaseLost.
+        Without a settlement the sweep goes on with the attempt that is `left_open`.
+        Raises: LeaseLost - also when an attempt has got a prediction that its owner knows nothing
+        of, by the provider's report: there is something to wait for.
         """
         statement = guarded(lease).values(
             status=JobStatus.FAILED, error_code=error_code, error_message=error_message, **ended()
         )
-        await self._finish(statement, settlement)
+        async with self._transactions.begin() as session:
+            await expect(session, statement)
+            if settlement is not None:
+                await expect_settled(session, settlement)
+            elif left_open is not None:
+                await expect_unchanged(session, left_open)
 
     async def complete(
         self, lease: Lease, outputs: Sequence[Output], settlement: Settlement
@@ -246,12 +258,6 @@ class OwnerSide(Repository):
             await expect(session, statement)
             await session.execute(insert(Output), rows)
             await expect_settled(session, settlement)
-
-    async def _finish(self, statement: Update, settlement: Settlement | None) -> None:
-        async with self._transactions.begin() as session:
-            await expect(session, statement)
-            if settlement is not None:
-                await expect_settled(session, settlement)
 
 
 def _submitting(lease: Lease) -> Update:

@@ -161,6 +161,13 @@ async def expect_settled(session: AsyncSession, settlement: Settlement) -> None:
         raise LeaseLost
 
 
+async def expect_unchanged(session: AsyncSession, attempt: Attempt) -> None:
+    """Raise (and so take back the job's new state) if the attempt has another prediction by now."""
+    known = attempts.prediction_id.is_not_distinct_from(attempt.prediction_id)
+    if await session.scalar(select(attempts.id).where(attempts.id == attempt.id, known)) is None:
+        raise LeaseLost
+
+
 def in_seconds(seconds: float) -> ColumnElement[datetime]:
     """The time so long after now (before, if negative) by the database's clock."""
     return func.now() + timedelta(seconds=seconds)

@@ -1,5 +1,6 @@
 """How Replicate is reached: creates on connections of their own, each made for one call."""
 
+import asyncio
 import socket
 import ssl
 import struct
@@ -16,6 +17,8 @@ from app.providers.replicate.failures import CalledOff
 
 CREATE_CONNECTIONS = 128  # httpx's pool scans all of them at every request: hundreds are not cheap
 READ_CONNECTIONS = 8
+# Who may not answer `may_send` for so long: the create is called off, as nothing was sent yet.
+MAY_SEND_SECONDS = 5.0
 
 # What the create call of this context asks at the last moment before it is sent.
 asked_before_sending: ContextVar[MaySend | None] = ContextVar("asked_before_sending", default=None)
@@ -93,7 +96,9 @@ async def _ask_before_sending(request: httpx.Request) -> None:
 
 async def _raise_unless(may_send: MaySend) -> None:
     try:
-        allowed = await may_send()
+        # Bounded here: were it the whole call's time-out, our own delay would be the provider's.
+        async with asyncio.timeout(MAY_SEND_SECONDS):
+            allowed = await may_send()
     except Exception as error:
         raise CalledOff from error
     if not allowed:

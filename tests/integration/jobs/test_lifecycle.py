@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.config import Settings
+from app.errors import FailureClass, ProviderError
 from app.jobs import lifecycle as module
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import Job, JobStatus
@@ -407,6 +408,27 @@ class TestLostCreates:
         assert [
             orphan.attempt.job_id for orphan in await parts.repository.take_orphans(10, known=False)
         ] == [job_id]
+
+    async def test_a_report_that_comes_in_the_last_moment_saves_it(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.push_fault("create", "accept_then_drop")
+        job_id = await parts.add()
+        await parts.run(job_id)
+        [attempt] = await parts.repository.attempts(job_id)
+        [made] = replicate.creates()
+
+        async def find(*_: Any) -> Any:
+            assert await parts.repository.adopt(attempt.id, await parts.provider.get(made.id))
+            raise ProviderError(FailureClass.PERMANENT, "input_deleted", "")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.provider, "find", find)
+            assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        assert (await parts.job(job_id)).status is JobStatus.PROCESSING
+        await parts.repository.release_dead(0)
+        assert await parts.run_to_the_end(job_id) == ["completed"]
+        assert len(replicate.creates()) == 1
 
     async def test_unless_the_operator_wants_it(
         self, parts: Parts, replicate: ReplicateServer
@@ -833,6 +855,22 @@ class TestCrashCount:
         job_id = await parts.add(output_format="webp")
         assert (await parts.run(job_id)).outcome is Outcome.COMPLETED
         assert (failures, (await parts.job(job_id)).crash_count) == ([], 0)
+
+    async def test_nor_is_one_whose_answer_is_lost(
+        self, parts: Parts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begin = parts.repository.begin_decoding
+
+        async def unheard(*args: Any) -> None:
+            await begin(*args)
+            raise ConnectionResetError
+
+        job_id = await parts.add(output_format="webp")
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.repository, "begin_decoding", unheard)
+            assert (await parts.run(job_id)).outcome is Outcome.RETRY
+        assert (await parts.job(job_id)).crash_count == 0
+        assert await parts.run_to_the_end(job_id) == ["completed"]
 
 
 class TestDeadlines:

@@ -606,12 +606,12 @@ class TestRefused:
         error = await kept.refuse(prediction.output)
         assert (error.failure_class, error.code) == (failure_class, code)
         [create] = double.creates()
-        doubted = kind in ("html", "empty") or fields.get("status") in (200, 404)
+        doubted = kind in ("html", "empty", "truncate") or fields.get("status") in (200, 404)
         assert len(create.downloads) == (3 if doubted else 1)
 
     @pytest.mark.parametrize(
         ("kind", "fields"),
-        [("html", {}), ("empty", {}), ("status", {"status": 404})],
+        [("html", {}), ("empty", {}), ("truncate", {}), ("status", {"status": 404})],
     )
     async def test_a_bad_moment_of_the_host_is_waited_out(
         self,

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 from uuid import UUID, uuid4
@@ -14,7 +15,7 @@ from structlog.testing import CapturingLogger
 
 from app import clock
 from app.config import Settings
-from app.errors import FailureClass, ProviderError
+from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs import orphans, recovery, redelivery
 from app.jobs.models import Charged, JobStatus
 from app.jobs.recovery import Recovery
@@ -140,6 +141,7 @@ async def worker(
         lease_seconds=30,
         sweep_seconds=0.05,
     )
+    recovery._unheard_until = clock.now()  # it has lived for a while
     yield Worker(worker_id, recovery, repository, provider, doorbell, runs)
     await provider.aclose()
 
@@ -396,6 +398,16 @@ class TestOutage:
         worker.recovery._unheard_until = clock.now()  # a lease later
         await worker.repository.hand_back(uuid4())
         monkeypatch.setattr(worker.recovery, "_lease_seconds", 0)
+        await worker.recovery.sweep()
+        assert claim.lease.job_id not in await worker.repository.leases_of(worker.id)
+
+    async def test_nor_by_a_worker_that_has_just_started(self, worker: Worker) -> None:
+        """It cannot tell an outage that is just over from workers that are dead."""
+        claim = await worker.claim()
+        worker.recovery._unheard_until += 60
+        await worker.recovery.sweep()
+        assert await worker.repository.leases_of(worker.id)
+        worker.recovery._unheard_until = clock.now()  # two heartbeats later
         await worker.recovery.sweep()
         assert claim.lease.job_id not in await worker.repository.leases_of(worker.id)
 
@@ -704,6 +716,29 @@ class TestHousekeeping:
         left = {path.name for path in settings.metadata_directory.glob("[!.]*")}
         assert left == {f"{job_id}.json" for job_id in stay}
 
+    async def test_one_that_cannot_be_removed_keeps_no_other(
+        self, worker: Worker, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await worker.recovery.heartbeat()
+        claim = await worker.claim()
+        await worker.repository.cancel(claim.job.id)
+        stuck = settings.media_directory / f"{claim.job.id}.png"
+        stuck.touch()
+        (settings.media_directory / f"{claim.job.id}-1.png").touch()
+        (settings.metadata_directory / f"{claim.job.id}.json").touch()
+        unlink = Path.unlink
+
+        def denied(path: Path, *args: Any) -> None:
+            if path == stuck:
+                raise PermissionError
+            unlink(path, *args)
+
+        monkeypatch.setattr(Path, "unlink", denied)
+        with pytest.raises(StorageError):
+            await worker.recovery.remove_strays()
+        assert list(settings.media_directory.glob("[!.]*")) == [stuck]
+        assert list(settings.metadata_directory.glob("[!.]*")) == []
+
     async def test_only_the_eldest_living_worker_looks_at_every_file(
         self, worker: Worker, settings: Settings
     ) -> None:
@@ -733,7 +768,10 @@ class TestHousekeeping:
         assert logged.calls == []
         prediction = await worker.provider.create(REQUEST)
         await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
-        await worker.recovery.keep_house()
+        # The storage that fails is what puts it at risk.
+        monkeypatch.setattr(worker.recovery._storage, "clean", AsyncMock(side_effect=StorageError))
+        with pytest.raises(StorageError):
+            await worker.recovery.keep_house()
         [call] = logged.calls
         assert (call.method_name, call.args) == ("error", ("output_at_risk",))
         assert call.kwargs["job_id"] == str(claim.job.id)

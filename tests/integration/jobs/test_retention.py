@@ -24,7 +24,7 @@ BOTH = RetentionPolicy(media_days=30, metadata_days=90)
 ADD_JOB = """
     INSERT INTO jobs (id, prompt, model_name, parameters, status, completed_at, deadline_at,
                       ring_at, retry_count, throttle_count, crash_count)
-    VALUES (%s, 'p', 'm', '{}', %s, now() - make_interval(days => %s), now(), now(), 0, 0, 0)
+    VALUES (%s, 'p', 'm', '{}', %s, now() - %s * interval '1 day', now(), now(), 0, 0, 0)
 """
 ADD_OUTPUT = """
     INSERT INTO outputs (job_id, index, name, media_type, size_bytes, sha256)
@@ -41,7 +41,7 @@ class Archive:
         self._connection = connection
         self.storage = storage
 
-    async def add(self, days: int, *, status: str = "completed", outputs: int = 1) -> UUID:
+    async def add(self, days: float, *, status: str = "completed", outputs: int = 1) -> UUID:
         job_id = uuid4()
         self._connection.execute(ADD_JOB, (job_id, status, days))
         for index in range(outputs):
@@ -123,7 +123,7 @@ async def test_a_job_that_was_committed_late_is_found(
 ) -> None:
     await archive.add(40)
     await enforce_retention(repository, archive.storage, MEDIA_ONLY)
-    await archive.add(40)  # completed a moment before the last one that was marked
+    await archive.add(40.02)  # completed half an hour before the last one that was marked
     await enforce_retention(repository, archive.storage, MEDIA_ONLY)
     assert await listed(archive.storage, "media") == []
 
@@ -195,6 +195,28 @@ async def test_a_storage_that_fails_is_tried_again(
     archive.age_marks()
     await enforce_retention(repository, archive.storage, MEDIA_ONLY)
     assert archive.marks() == {(job, "media"): True}
+
+
+async def test_a_file_that_cannot_be_deleted_keeps_no_other(
+    repository: JobRepository, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, *others = [str(await archive.add(days)) for days in (103, 102, 101)]
+
+    async def delete(key: str) -> None:
+        if key.startswith(f"media/{stuck}"):
+            raise StorageError("denied")
+        await LocalStorage.delete(archive.storage, key)
+
+    monkeypatch.setattr(archive.storage, "delete", delete)
+    for _ in range(2):  # by whoever marks it, and by whoever finds the mark
+        with pytest.raises(StorageError):
+            await enforce_retention(repository, archive.storage, BOTH)
+        assert await archive.left() == ({stuck}, set())
+        gone = {
+            job for (job, kind), purged in archive.marks().items() if kind == "media" and purged
+        }
+        assert gone == set(others)
+        archive.age_marks()
 
 
 async def test_two_workers_share_the_work(repository: JobRepository, archive: Archive) -> None:

@@ -1440,6 +1440,22 @@ class TestGovernor:
             await provider.admit()
         assert governor.told == [("admit", Call.CREATE)]
 
+    async def test_our_own_delay_is_not_the_providers(
+        self, double: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def slow() -> bool:
+            await asyncio.sleep(30)
+            return True
+
+        monkeypatch.setattr(connections, "MAY_SEND_SECONDS", 0.05)
+        governor = Reports()
+        async with new_provider(double.origin, governor=governor) as provider:
+            with pytest.raises(ProviderError) as raised:
+                await provider.create(REQUEST, slow)
+        assert raised.value.failure_class is FailureClass.INTERNAL
+        assert governor.told == []
+        assert double.creates() == []
+
     async def test_every_read_is_admitted_and_reported(self, double: ReplicateServer) -> None:
         governor = Reports()
         async with new_provider(double.origin, governor=governor) as provider:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
+from app.media import picture
 from app.media.errors import BadPicture, TooLargeToDecode
 from app.media.picture import Limits, make_png, verify
 
@@ -186,3 +187,18 @@ class TestOurOwnFaults:
     def test_a_missing_file_is_not_a_damaged_picture(self, path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             make_png(path, LIMITS)
+
+
+@pytest.mark.parametrize("pillow_format", ["GIF", "WEBP"])
+def test_an_animation_that_takes_too_long_is_too_large_and_not_damaged(
+    path: Path, pillow_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [noise(), noise().transpose(Image.Transpose.ROTATE_180)]
+    path.write_bytes(encoded(frames[0], pillow_format, save_all=True, append_images=frames[1:]))
+    assert verify(path, LIMITS).size == (61, 47)
+    monkeypatch.setattr(picture, "ANIMATION_SECONDS", 0)
+    with pytest.raises(TooLargeToDecode) as raised:
+        verify(path, LIMITS)
+    assert raised.value.size == (61, 47)
+    path.write_bytes(encoded(frames[0], pillow_format))
+    assert verify(path, LIMITS).size == (61, 47)  # one frame is looked at whatever it takes
