@@ -37,16 +37,16 @@ class WebhookVerifier:
 
         Raises: ProviderError when the secret is needed and cannot be fetched.
         """
-        fault = self._fault(body, headers)
+        fault = self._fault_by_any(body, headers)
         if fault and not self._configured and "webhook-signature" in headers:
             await self._refetch()
-            fault = self._fault(body, headers)
+            fault = self._fault_by_any(body, headers)
         return fault
 
-    def _fault(self, body: bytes, headers: Mapping[str, str]) -> str | None:
+    def _fault_by_any(self, body: bytes, headers: Mapping[str, str]) -> str | None:
         fault: str | None = "no secret is known"
         for secret in self._known():
-            fault = _fault(secret, body, headers)
+            fault = _fault_by(secret, body, headers)
             if fault is None:
                 return None
         return fault
@@ -72,7 +72,7 @@ class WebhookVerifier:
         self._rests_until = time.monotonic() + rest_seconds
 
 
-def _fault(secret: str, body: bytes, headers: Mapping[str, str]) -> str | None:
+def _fault_by(secret: str, body: bytes, headers: Mapping[str, str]) -> str | None:
     wanted = ("webhook-id", "webhook-timestamp", "webhook-signature")
     given: dict[str, Any] = {name: headers.get(name, "") for name in wanted}
     try:

@@ -5,10 +5,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -24,7 +22,7 @@ from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.recovery import Recovery
-from app.jobs.repository import JobRepository, Lease
+from app.jobs.repository import JobRepository
 from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
 from app.jobs.watch import PredictionWatcher
@@ -34,97 +32,20 @@ from app.storage import create_storage
 from app.storage.base import Storage
 from app.tasks.doorbell import doorbell
 from app.tasks.memory import keep_giving_back
+from app.tasks.runs import STOP_SECONDS, Run, RunRegistry
 from app.tasks.wakeups import CANCELLED, listen
 
-# After SIGTERM: for the runs to stop, then to ring for the jobs that were handed back.
-STOP_SECONDS = 3.0
+# After SIGTERM, when the runs have stopped: to ring for the jobs that were handed back.
 RING_SECONDS = 1.0
 # A thousand jobs that wake at once queue for the pool, and have time.
 PATIENT_SECONDS = 60.0
-# Of the pool's connections, for jobs that are not paid for yet: those that are never queue there.
+# The share of the pool for jobs that are not paid for yet: those that are never queue behind them.
 BEGINNING_SHARE = 0.3
 # Sweep and heartbeat have connections of their own: behind that queue they would look dead.
 DUTY_CONNECTIONS = 3
 HEARTBEAT_CONNECTIONS = 1
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """One run of a job: it waits for its turn, then claims, then owns the job."""
-
-    job_id: UUID
-    at_once: bool
-    task: asyncio.Task[RunResult] | None = None
-    has_begun: bool = False
-    lease: Lease | None = None
-
-    def begins(self) -> None:
-        """See `RunWatch`."""
-        self.has_begun = True
-
-    def owns(self, lease: Lease) -> None:
-        """See `RunWatch`."""
-        self.lease = lease
-
-
-class RunRegistry:
-    """The runs of this process; touched on the event loop only."""
-
-    def __init__(self, run: Callable[..., Coroutine[Any, Any, RunResult]]) -> None:
-        """`run(job_id, at_once=...)` runs a job."""
-        self._run = run
-        self._runs: set[_Run] = set()
-        self._started: set[asyncio.Task[RunResult]] = set()
-
-    def add(self, run: _Run) -> None:
-        """Note a run before it claims, so that its job never looks abandoned."""
-        self._runs.add(run)
-
-    def remove(self, run: _Run) -> None:
-        """Forget a run that has ended."""
-        self._runs.discard(run)
-
-    def is_waiting(self, job_id: UUID) -> bool:
-        """Tell whether a run of this job has yet to claim it: a second one is not needed."""
-        return any(run.job_id == job_id and run.lease is None for run in self._runs)
-
-    def waiting(self) -> Collection[UUID]:
-        """See `redelivery.Runs`."""
-        return {run.job_id for run in self._runs if not run.has_begun}
-
-    def resuming(self) -> Collection[UUID]:
-        """See `redelivery.Runs`."""
-        return {run.job_id for run in self._runs if run.at_once and run.lease is None}
-
-    def claimed(self) -> Collection[Lease]:
-        """See `redelivery.Runs`."""
-        return [run.lease for run in self._runs if run.lease]
-
-    def job_ids(self) -> Collection[UUID]:
-        """See `redelivery.Runs`."""
-        return [run.job_id for run in self._runs if run.has_begun]
-
-    def start(self, job_id: UUID, *, at_once: bool) -> None:
-        """See `redelivery.Runs`."""
-        task = asyncio.create_task(self._run(job_id, at_once=at_once))
-        self._started.add(task)
-        task.add_done_callback(self._started.discard)
-
-    def stop(self, lease: Lease) -> None:
-        """See `redelivery.Runs`."""
-        for run in self._runs:
-            if run.lease == lease and run.task:
-                run.task.cancel()
-
-    async def stop_all(self) -> None:
-        """Stop every run; creates under way are given a moment to end."""
-        tasks = [run.task for run in self._runs if run.task]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
 
 class Runtime:
@@ -244,7 +165,7 @@ class Runtime:
     async def _run(self, job_id: UUID, *, at_once: bool = False) -> RunResult:
         if self._is_stopping or (self._runs.is_waiting(job_id) and not at_once):
             return RunResult(Outcome.SKIPPED)
-        run = _Run(job_id, at_once)
+        run = Run(job_id, at_once)
         self._runs.add(run)
         run.task = asyncio.create_task(self._run_alive(run))
         try:
@@ -266,7 +187,7 @@ class Runtime:
             self._runs.remove(run)
         return await self._told_from_cancelled(run, result)
 
-    async def _told_from_cancelled(self, run: _Run, result: RunResult) -> RunResult:
+    async def _told_from_cancelled(self, run: Run, result: RunResult) -> RunResult:
         """Tell a job that was cancelled from one that was lost to another worker."""
         if result.outcome is Outcome.SKIPPED and run.lease and not self._is_stopping:
             with suppress(SQLAlchemyError, OSError):
@@ -275,7 +196,7 @@ class Runtime:
                     return RunResult(Outcome.CANCELLED)
         return result
 
-    async def _run_alive(self, run: _Run) -> RunResult:
+    async def _run_alive(self, run: Run) -> RunResult:
         """Claim nothing before the first heartbeat: others would take it from an unknown worker."""
         await self._recovery.is_known.wait()
         return await self._lifecycle.run(run.job_id, self._worker_id, run, at_once=run.at_once)
@@ -343,10 +264,10 @@ def _keeper(settings: Settings, provider: Provider, storage: Storage) -> OutputK
 def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
     return LifecyclePolicy(
         retry=RetryPolicy(
-            settings.max_retry_attempts,
-            settings.retry_backoff_factor,
-            settings.retry_backoff_max_seconds,
-            settings.reconcile_grace_seconds,
+            max_retries=settings.max_retry_attempts,
+            backoff_factor=settings.retry_backoff_factor,
+            backoff_max_seconds=settings.retry_backoff_max_seconds,
+            grace_seconds=settings.reconcile_grace_seconds,
         ),
         job_deadline_seconds=settings.job_deadline_seconds,
         cancel_after_seconds=(
@@ -354,10 +275,10 @@ def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
         ),
         webhook_base_url=settings.webhook_base_url,
         reconcile=ReconcilePolicy(
-            call_seconds,
-            settings.reconcile_grace_seconds,
-            settings.reconcile_deadline_seconds,
-            settings.on_unknown_outcome,
+            call_seconds=call_seconds,
+            grace_seconds=settings.reconcile_grace_seconds,
+            deadline_seconds=settings.reconcile_deadline_seconds,
+            on_unknown_outcome=settings.on_unknown_outcome,
         ),
         ask_for_png=not settings.store_original_format,
     )

@@ -11,6 +11,7 @@ A `Stack` is made by the `start_stack` fixture:
     check(stack)                       # the oracle
 """
 
+import math
 import os
 import random
 import signal
@@ -102,6 +103,8 @@ class Process:
     role: Literal["api", "worker"]
     child: Child
     port: int = 0
+    # When this test has stopped it, or told it to end; seconds of time.time().
+    stops: list[Window] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -115,12 +118,14 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL; return when it has ended."""
+        self._stop()
         self.signal(signal.SIGKILL)
         self.child.wait(10)
 
     def terminate(self, timeout_seconds: float = 30) -> float:
         """SIGTERM; return the seconds until it had ended. AssertionError when it takes longer."""
         started = time.monotonic()
+        self._stop()
         self.signal(signal.SIGTERM)
         if not self.child.wait(timeout_seconds):
             self.signal(signal.SIGABRT)  # faulthandler: where every thread stands
@@ -131,11 +136,21 @@ class Process:
 
     def pause(self) -> None:
         """SIGSTOP."""
+        self._stop()
         self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """SIGCONT."""
         self.signal(signal.SIGCONT)
+        self.stops[-1] = Window(self.stops[-1].begin, time.time())
+
+    def _stop(self) -> None:
+        self.stops.append(Window(time.time(), math.inf))
+
+    def lived_through(self, begin: float, end: float) -> bool:
+        """Tell whether it ran all the time, as far as this test has to do with it."""
+        stopped = any(stop.begin <= end and begin <= stop.end for stop in self.stops)
+        return self.is_running and not stopped
 
     def signal(self, number: int) -> None:
         """Send a signal at once, unless it has ended."""

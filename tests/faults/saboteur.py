@@ -127,6 +127,8 @@ def _shift_clock(shift: str) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("app.") and getattr(module, "datetime", None) is datetime:
             module.datetime = WrongDatetime  # type: ignore[attr-defined]
+    shifted = sys.modules["app.providers.replicate.answers"].datetime
+    assert shifted is WrongDatetime, "the provider's list is dated by the true time"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ AROUND = [
     (ParameterChecker, "knows"),
     (PredictionWatcher, "wait"),
     (OutputKeeper, "_fetch"),
+    (OutputKeeper, "_decode"),
     (OutputKeeper, "_put_metadata"),
     (LocalStorage, "put"),
 ]
@@ -46,6 +47,8 @@ TRANSACTIONS = [
     "may_still_submit",
     "record_prediction",
     "begin_storing",
+    "begin_decoding",
+    "end_decoding",
     "check_owned",
     "retry_later",
     "fail",

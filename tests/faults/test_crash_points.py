@@ -62,6 +62,7 @@ class Course:
 COURSES = {
     "polled": Course(),
     "answered at once": Course(wait_seconds=1, latency_seconds=0, parameters={"num_outputs": 2}),
+    "decoded": Course(wait_seconds=1, latency_seconds=0, parameters={"output_format": "webp"}),
     "answer lost": Course(fault=("create", "accept_then_drop")),
     "create lost": Course(fault=("create", "drop")),
     "prediction fails": Course(creates=2, fault=("create", "fail")),

@@ -1,6 +1,7 @@
-"""A database that crashes or goes silent, and everything failing at once: F8, F9, F11."""
+"""A database that crashes, is silent or breaks off, and everything failing at once: F8, F9, F11."""
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from functools import partial
 
 from tests.doubles.replicate_settings import Settings
 from tests.doubles.replicate_webhooks import signed_headers
-from tests.faults.harness import Link, Stack, StartStack
+from tests.faults.harness import PATIENT, Link, Stack, StartStack
 from tests.faults.oracle import check
+from tests.faults.proxy import FaultProxy
 from tests.faults.report import Scenario, full_only, sized
 
 DATABASE_LINKS: tuple[Link, ...] = ("api_database", "worker_database")
+ALL_LINKS: tuple[Link, ...] = (*DATABASE_LINKS, "api_broker", "worker_broker", "provider")
 SECRET = Settings().webhook_secret
 # From the moment the database is back until an old connection may still show.
 RETURN_SECONDS = 8
@@ -22,6 +25,7 @@ def test_f08_the_database_crashes(start_stack: StartStack, scenario: Scenario) -
     """300 jobs, PostgreSQL stopped at once, for 5 s, 3 times: 503 only, no id answered 201 lost."""
     jobs, crashes = sized(90, 300), sized(2, 3)
     stack = start_stack(workers=2)
+    stack.warm_up()
     stack.replicate.configure(latency_seconds=2)
     posting = threading.Thread(
         target=stack.post, args=[jobs], kwargs={"per_second": 15, "repeat_seconds": 60}
@@ -126,6 +130,46 @@ def _all_well(stack: Stack, job_id: str) -> bool:
     return True
 
 
+def test_connections_that_break_in_the_middle(start_stack: StartStack, scenario: Scenario) -> None:
+    """300 jobs; connections to database, broker and provider are reset, cut off and slow at random.
+
+    So a commit's answer is lost now and then, and whoever waits for it cannot know that it is done.
+    """
+    jobs = sized(40, 300)
+    stack = start_stack(workers=2, links=ALL_LINKS, MAX_RETRY_ATTEMPTS="12", **PATIENT)
+    stack.warm_up()
+    posting = threading.Thread(
+        target=stack.post, args=[jobs], kwargs={"per_second": 8, "repeat_seconds": 60}
+    )
+    breaks = 0
+    with stack.outage(RETURN_SECONDS):
+        posting.start()
+        while posting.is_alive():
+            _break(stack.random.choice(list(stack.proxies.values())), stack.random)
+            posting.join(0.3)
+            breaks += 1
+        for proxy in stack.proxies.values():
+            proxy.pass_on()
+        rest_seconds = stack.wait_until_done(90)
+    assert len(stack.accepted) == jobs
+    assert set(stack.counts()) == {"completed"}
+    summary = check(stack, max_retries=12)
+    scenario.record(breaks=breaks, rest_seconds=rest_seconds, **vars(summary))
+
+
+def _break(proxy: FaultProxy, choice: random.Random) -> None:
+    """Reset what there is, or have what comes be slow or cut off; `pass_on` ends both."""
+    proxy.pass_on()
+    match choice.choice(["reset", "delay", "cut"]):
+        case "reset":
+            proxy.reset()
+        case "delay":
+            proxy.delay(choice.uniform(0.05, 0.5))
+        case "cut":
+            # Some answers of a connection that is made anew, or of one that was there.
+            proxy.cut_replies(choice.randint(1, 6000))
+
+
 @full_only
 def test_f11_everything_at_once(start_stack: StartStack, scenario: Scenario) -> None:
     """1,000 jobs while workers are killed, the broker is flushed and restarted empty, and the
@@ -133,6 +177,7 @@ def test_f11_everything_at_once(start_stack: StartStack, scenario: Scenario) -> 
     """
     jobs = 1000
     stack = start_stack(workers=2)
+    stack.warm_up()
     stack.replicate.configure(latency_seconds=2)
     posting = threading.Thread(
         target=stack.post, args=[jobs], kwargs={"per_second": 25, "repeat_seconds": 120}

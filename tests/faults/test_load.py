@@ -72,6 +72,7 @@ def test_ten_thousand_jobs_under_every_fault(start_stack: StartStack, scenario: 
     assert len(stack.accepted) == JOBS
     assert len(lost) >= LOST_ANSWERS
     assert len(adopted) == len(lost)
+    assert recoveries
     assert percentile(recoveries, 0.5) <= 20
     assert percentile(recoveries, 0.99) <= 30
 

@@ -12,7 +12,7 @@ from redis import Redis
 
 from tests.doubles.replicate_ledger import LedgerEntry
 from tests.faults.bodies import one_colour
-from tests.faults.harness import PATIENT, Stack, StartStack, wait_for
+from tests.faults.harness import FULL, PATIENT, Stack, StartStack, wait_for
 from tests.faults.oracle import check
 from tests.faults.records import (
     attempts_about,
@@ -124,6 +124,8 @@ def test_f15_throttling_in_every_form_costs_time_only(
     stack.post(jobs, words="slowly")
     stack.wait_until_done(sized(60, 600))
     calls_each = (len(stack.replicate.ledger().create_calls) - before) / jobs
+    # A pause is everybody's: were it each job's own, there would be a dozen calls for each.
+    assert not FULL or calls_each <= 8
     stack.replicate.configure(creates_per_minute=None)
 
     longest_pause = _absurd_wait_is_bounded(stack)
@@ -201,7 +203,9 @@ def test_f16_errors_in_a_third_of_all_calls_fail_no_job(
 ) -> None:
     """500, 502, 503 and 504 make 30 % of creates, reads and downloads fail; 300 jobs.
 
-    Half of the failing creates are accepted all the same. No job fails, none is paid twice.
+    Half of the failing creates are accepted all the same. No job fails, none is paid twice. (With
+    12 retries: one of seven creates is lost, and of 300 jobs one may well lose four, which is what
+    the default of 3 allows.)
     """
     stack = start_stack(workers=2, MAX_RETRY_ATTEMPTS="12", **PATIENT)
     stack.warm_up()
@@ -334,7 +338,7 @@ def test_f18_permanent_errors_fail_at_once(start_stack: StartStack, scenario: Sc
     slowest = max(
         (job["completed_at"] - job["created_at"]).total_seconds() for job in jobs_about(stack)
     )
-    assert slowest <= 5
+    assert slowest <= sized(15, 5)
     failures = {code for _, code in PERMANENT.values()}
     _record(scenario, stack, failures=failures, slowest_seconds=slowest)
 

@@ -126,7 +126,7 @@ class TestDetailedHealth:
                     "redis_url": f"redis://127.0.0.1:{port}/0",
                 }
             )
-            async with open_client(silent) as client, asyncio.timeout(1.5):
+            async with open_client(silent) as client, asyncio.timeout(5):
                 response = await client.get("/health/detailed")
         assert response.status_code == 503
         checks = response.json()["checks"]
@@ -318,8 +318,14 @@ class TestDatabaseAway:
         assert codes[-1] == 200
 
     async def test_a_silent_database_is_503_within_five_seconds(
-        self, settings: Settings, database: Postgres, open_client: OpenClient
+        self,
+        settings: Settings,
+        database: Postgres,
+        open_client: OpenClient,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        """F9 has the time itself; here it is shorter, as a busy machine adds to it."""
+        monkeypatch.setattr("app.api.middleware.ANSWER_SECONDS", 2.0)
         with FaultProxy(database.port) as proxy:
             url = settings.database_url.replace(f":{database.port}", f":{proxy.port}")
             async with open_client(settings.model_copy(update={"database_url": url})) as client:

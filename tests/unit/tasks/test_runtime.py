@@ -1,6 +1,8 @@
 """What a worker process knows of its runs."""
 
 import asyncio
+import os
+import signal
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import uuid4
@@ -11,7 +13,8 @@ from app.config import Settings
 from app.jobs.lifecycle import Outcome, RunResult
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import Lease
-from app.tasks.runtime import RunRegistry, Runtime, _note, _policy, _Run, _watcher
+from app.tasks.runs import Run, RunRegistry
+from app.tasks.runtime import Runtime, _end_with, _note, _policy, _watcher
 
 
 async def _nothing(*_: object, **__: object) -> RunResult:
@@ -19,7 +22,7 @@ async def _nothing(*_: object, **__: object) -> RunResult:
 
 
 def test_a_run_waits_then_claims_then_owns() -> None:
-    runs, run = RunRegistry(_nothing), _Run(uuid4(), at_once=False)
+    runs, run = RunRegistry(_nothing), Run(uuid4(), at_once=False)
     runs.add(run)
     assert (runs.waiting(), runs.job_ids(), runs.is_waiting(run.job_id)) == ({run.job_id}, [], True)
     run.begins()
@@ -35,7 +38,7 @@ def test_a_run_waits_then_claims_then_owns() -> None:
 
 
 def test_only_jobs_that_go_on_are_resuming() -> None:
-    runs, new, begun = RunRegistry(_nothing), _Run(uuid4(), False), _Run(uuid4(), True)
+    runs, new, begun = RunRegistry(_nothing), Run(uuid4(), False), Run(uuid4(), True)
     for run in (new, begun):
         runs.add(run)
     assert runs.resuming() == {begun.job_id}
@@ -50,7 +53,7 @@ async def test_nothing_is_claimed_before_the_first_heartbeat() -> None:
         _lifecycle=SimpleNamespace(run=_nothing),
         _worker_id=uuid4(),
     )
-    run = _Run(uuid4(), at_once=False)
+    run = Run(uuid4(), at_once=False)
     running = asyncio.create_task(Runtime._run_alive(cast(Any, worker), run))
     await asyncio.sleep(0.02)
     assert not running.done()
@@ -94,3 +97,21 @@ def test_every_budget_goes_where_it_belongs(public: str | None, reports_to: str 
     assert policy.reconcile == expected
     watcher = _watcher(settings, cast(Any, None))
     assert (watcher._starting_seconds, watcher._running_seconds) == (1002, 1003)
+
+
+async def test_a_worker_that_has_lost_a_duty_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look alive, and hold jobs that nobody polls."""
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.kill", lambda *call: signals.append(call))
+
+    async def lost() -> None:
+        raise RuntimeError
+
+    for duty, ends in ((asyncio.sleep(10), []), (lost(), [(os.getpid(), signal.SIGTERM)])):
+        task: asyncio.Task[None] = asyncio.create_task(duty)
+        task.add_done_callback(_end_with)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert signals == ends
