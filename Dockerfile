@@ -15,6 +15,7 @@ WORKDIR /app
 COPY LICENSE alembic.ini ./
 COPY alembic ./alembic
 COPY app ./app
+COPY scripts/init_db.py scripts/audit_storage.py ./scripts/
 RUN python -m compileall -q . && chmod -R u=rwX,go=rX .
 
 

@@ -1,9 +1,10 @@
-"""Every error the service raises on purpose.
+"""The errors that cross from one part of the service to another.
 
 AppError                       safe to show: `detail` is written for the client
   Unauthorized            401
-  InvalidInput            422
   JobNotFound             404
+  BodyTooSlow             408  a part of the request never came
+  InvalidInput            422
   JobNotReady             409  no file yet
   JobAlreadyFinished      409  a terminal job cannot be cancelled
   FileDeleted             410  the file was kept for its time, and then deleted
@@ -49,6 +50,15 @@ class InvalidInput(AppError):
     ) -> None:
         super().__init__(detail)
         self.errors = errors
+
+
+class BodyTooSlow(AppError):
+    """The client began a request and did not send the rest of it."""
+
+    status_code = 408
+
+    def __init__(self) -> None:
+        super().__init__("The rest of the request's body did not come in time.")
 
 
 class JobNotFound(AppError):

@@ -11,7 +11,13 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__
 from app.api import files, generate, jobs, system, webhooks
 from app.api.deps import Ring, open_services
-from app.api.middleware import AnswersInTime, ClearStart, JsonBodies, RequestContext
+from app.api.middleware import (
+    AnswersInTime,
+    ClearStart,
+    JsonBodies,
+    OwnPagesOnly,
+    RequestContext,
+)
 from app.api.problems import UnexpectedErrors, describe_problems, install_problem_handlers
 from app.api.recent import AnswerRecent
 from app.config import Settings, get_settings
@@ -22,7 +28,7 @@ from app.tasks.doorbell import ring as ring_doorbell
 
 DESCRIPTION = """
 The durable layer between an application and Replicate. POST a prompt and follow the job: it
-survives every crash, is paid for once, and its outputs never expire. Errors are
+survives every crash, is paid for once, and its outputs are kept. Errors are
 `application/problem+json` (RFC 9457); times are ISO 8601 in UTC.
 """
 TAGS = [
@@ -70,7 +76,8 @@ def create_app(
         license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
         middleware=_middleware(settings),
-        strict_content_type=False,
+        strict_content_type=False,  # for `curl -d`; see `OwnPagesOnly`
+        redirect_slashes=False,  # to an address made of what the client says that our name is
     )
     install_problem_handlers(app)
     for module in (generate, jobs, files, webhooks, system):
@@ -94,6 +101,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         *([cors] if settings.cors_origin_list else []),
         Middleware(UnexpectedErrors),
         Middleware(AnswersInTime),
+        Middleware(OwnPagesOnly, allowed_origins=settings.cors_origin_list),
         Middleware(JsonBodies, max_bytes=settings.max_body_bytes),
     ]
 

@@ -32,7 +32,7 @@ IdempotencyKey = Annotated[
     response_description="The job is stored; it will end `completed`, `failed` or `cancelled`.",
     responses={
         201: {"headers": {"Location": {"schema": {"type": "string"}}}},
-        **problem_responses(413, 422, 503),
+        **problem_responses(403, 408, 413, 422, 503),
     },
 )
 async def generate(

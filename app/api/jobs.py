@@ -50,18 +50,17 @@ async def list_jobs(
     query: Annotated[JobsQuery, Query()], request: Request, response: Response, app: App
 ) -> list[JobView]:
     """Return one page of jobs; the `Link` header names the next one."""
-    jobs = await app.repository.newest(
+    jobs, has_more = await app.repository.newest(
         status=query.status_filter,
-        limit=query.limit + 1,  # one more than shown tells whether there is a next page
+        limit=query.limit,
         offset=query.offset,
         before=_before(query),
     )
-    shown = jobs[: query.limit]
     total = await app.repository.count(query.status_filter)
     response.headers["X-Total-Count"] = str(total)
-    if len(jobs) > len(shown):
-        response.headers["Link"] = _next_link(request.scope["path"], query, shown[-1])
-    return await _views(app, shown)
+    if has_more:
+        response.headers["Link"] = _next_link(request.scope["path"], query, jobs[-1])
+    return await _views(app, jobs)
 
 
 @router.get(
@@ -112,7 +111,7 @@ async def attempts(job_id: UUID, app: App) -> list[AttemptView]:
 @router.delete(
     "/jobs/{job_id}",
     summary="Cancel a job",
-    responses=problem_responses(404, 409, 422, 503),
+    responses=problem_responses(403, 404, 409, 422, 503),
 )
 async def cancel(job_id: UUID, app: App) -> JobView:
     """Cancel a pending or processing job, at the provider too; a job that has ended stays."""

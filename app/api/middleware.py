@@ -1,8 +1,9 @@
-"""What surrounds every request: its id and log line, the bound on its body, a clear start."""
+"""What surrounds every request: its id and log line, its bounds in size and time, whose it is."""
 
 import asyncio
 import re
 import time
+from collections.abc import Sequence
 from uuid import uuid4
 
 import structlog
@@ -13,13 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app.api.problems import problem
-from app.errors import AnswerTooLate
+from app.errors import AnswerTooLate, BodyTooSlow
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by load balancers: not worth a line each.
 UNLOGGED_PATHS = frozenset({"/health"})
 # From the last byte of a request to the first of its answer: with the network, 5 s at most.
 ANSWER_SECONDS = 4.5
+REPORTS_PATH = "/api/v1/webhooks/"
+REPORT_SHARE = 4
 
 log = structlog.get_logger("app.access")
 
@@ -73,8 +76,10 @@ def _log_request(scope: Scope, status: int | None, seconds: float) -> None:
 class JsonBodies:
     """Refuses bodies over the limit, declared or not, and reads `curl -d` bodies as JSON.
 
-    FastAPI's own `max_body_size` answers in plain text. curl labels what it is given with `-d`
-    as a form unless told otherwise; this API knows no forms, so the label says nothing.
+    FastAPI's own `max_body_size` answers in plain text. A provider's report holds the job's input
+    once more, beside output and logs: it may have `REPORT_SHARE` times as much. curl labels what it
+    is given with `-d` as a form unless told otherwise; this API knows no forms, so the label says
+    nothing.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -86,33 +91,69 @@ class JsonBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_report = scope["path"].startswith(REPORTS_PATH)
+        max_bytes = REPORT_SHARE * self._max_bytes if is_report else self._max_bytes
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            response = problem(Request(scope), 413, f"The body exceeds {self._max_bytes} bytes.")
+        if declared.isdecimal() and int(declared[:20]) > max_bytes:
+            response = problem(Request(scope), 413, f"The body exceeds {max_bytes} bytes.")
             await response(scope, receive, send)
             return
         scope["headers"] = [pair for pair in scope["headers"] if not _is_form_label(*pair)]
-        await self._app(scope, self._counting(receive), send)
+        await self._app(scope, self._counting(receive, max_bytes), send)
 
-    def _counting(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive, max_bytes: int) -> Receive:
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if received > max_bytes:
                 raise HTTPException(413)
             return message
 
         return counted
 
 
+def _is_form_label(name: bytes, value: bytes) -> bool:
+    return name == b"content-type" and value.startswith(b"application/x-www-form-urlencoded")
+
+
+class OwnPagesOnly:
+    """Refuses (403) what changes something and is sent by a page of a stranger's.
+
+    A browser sends a form, or text that is JSON, to any address that it can reach, also on the
+    loopback, and asks nobody; but it says whose page it is. Other clients say nothing.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_origins: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = frozenset(allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; see the class."""
+        changes = scope["type"] == "http" and scope["method"] in ("POST", "DELETE")
+        if changes and self._is_strangers(Headers(scope=scope)):
+            detail = "This page's origin is not one of CORS_ORIGINS."
+            await problem(Request(scope), 403, detail)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_strangers(self, headers: Headers) -> bool:
+        origin = headers.get("origin")
+        if origin is None or "*" in self._allowed or origin in self._allowed:
+            return False
+        # Behind a proxy the host may have another name; the browser knows better, if it says so.
+        is_own = origin.partition("://")[2] == headers.get("host")
+        return not is_own and headers.get("sec-fetch-site") != "same-origin"
+
+
 class AnswersInTime:
     """Raises AnswerTooLate (503) when a request has no answer `ANSWER_SECONDS` after it came in.
 
     Whatever it waits for: a silent database costs seconds to connect to, and more to close. The
-    request is cancelled and ends by itself, unheard.
+    request is cancelled and ends by itself, unheard. Were it the client that it waits for, that is
+    BodyTooSlow (408).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -133,7 +174,7 @@ class AnswersInTime:
             raise
         if not in_time:
             self._leave(running, exchange)
-            raise AnswerTooLate
+            raise BodyTooSlow if exchange.is_reading else AnswerTooLate
         await running
 
     def _leave(self, running: "asyncio.Future[None]", exchange: "_Exchange") -> None:
@@ -156,12 +197,17 @@ class _Exchange:
         self._send = send
         self._waits_since = time.monotonic()
         self._begun = asyncio.get_running_loop().create_future()
+        self._is_whole = False
+        self.is_reading = False
         self.is_over = False
 
     async def receive(self) -> Message:
         """Read on; while the client sends, it is not waiting."""
+        self.is_reading = not self._is_whole
         message = await self._receive()
         self._waits_since = time.monotonic()
+        self._is_whole = not message.get("more_body", False)
+        self.is_reading = False
         return message
 
     async def send(self, message: Message) -> None:
@@ -180,10 +226,6 @@ class _Exchange:
             if done:
                 return True
         return False
-
-
-def _is_form_label(name: bytes, value: bytes) -> bool:
-    return name == b"content-type" and value.startswith(b"application/x-www-form-urlencoded")
 
 
 class ClearStart:

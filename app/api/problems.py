@@ -128,6 +128,7 @@ def _unexpected(request: Request, error: Exception) -> Response:
         return problem(request, 503, _DATABASE_AWAY)
     if isinstance(error, AnswerTooLate):
         log.warning("answer_too_late", path=request.url.path)
+    if isinstance(error, AppError):  # of a layer around the routes
         return problem(request, error.status_code, error.detail)
     if isinstance(error, StorageError):
         log.error("storage_failed", error=str(error))
@@ -201,6 +202,8 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _DESCRIPTIONS = {
+    403: "A browser's page of an origin that is not one of `CORS_ORIGINS` has sent this.",
+    408: "The rest of the request's body did not come in time.",
     401: "The signature is missing, wrong or too old, or meant for another address.",
     404: "No such job, or it has no such file.",
     409: "The job's status does not allow this; `detail` names the status.",

@@ -5,21 +5,22 @@ pages ask for the same few files again and again, and what a name stands for nev
 file is looked up, and logged, once in a few seconds.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import Request, Response
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.middleware import request_id
-from app.errors import AppError, StorageError
 from app.jobs.models import Output
 
 # For so long a file may still be answered for after it was deleted.
 SECONDS = 5.0
 ENTRIES = 10_000
+# A file that was there a moment ago; the rest of the time is for whoever finds out why not.
+ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,10 @@ class AnswerRecent:
         if file is None or any(name == b"origin" for name, _ in scope["headers"]):
             return None
         try:
-            response = await self._answer(Request(scope), file)
-        except (AppError, HTTPException, StorageError):
-            return None
+            async with asyncio.timeout(ANSWER_SECONDS):
+                response = await self._answer(Request(scope), file)
+        except Exception:
+            return None  # it is for the layers further down to say what is wrong, and in time
         response.headers["X-Request-ID"] = request_id(scope)
         if services.settings.cors_origin_list:
             # Or a browser's cache would answer another origin's script with it.

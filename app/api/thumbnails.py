@@ -7,7 +7,7 @@ from uuid import uuid4
 import structlog
 
 from app.api.singleflight import SingleFlight
-from app.errors import StorageError
+from app.errors import ServiceUnavailable, StorageError
 from app.jobs.models import Output
 from app.media import sniff
 from app.media.decoder import Decoder, DecoderFailed
@@ -35,7 +35,8 @@ class Thumbnails:
     async def get(self, output: Output, size: int) -> bytes | None:
         """Return the WebP, or None when there can be none: no picture, or too large to decode.
 
-        Raises: FileNotFoundError - the output is not in the storage; StorageError.
+        Raises: FileNotFoundError - the output is not in the storage; StorageError;
+        ServiceUnavailable - the decoder does not start or answer.
         """
         if output.media_type not in sniff.PICTURES:
             return None
@@ -60,7 +61,9 @@ class Thumbnails:
             await self._storage.put(key, path)
         except FileNotFoundError:
             raise
-        except (OSError, DecoderFailed) as error:
+        except DecoderFailed as error:
+            raise ServiceUnavailable("No thumbnail can be made right now.") from error
+        except OSError as error:
             raise StorageError(f"cannot make a thumbnail: {error}") from error
         finally:
             await asyncio.to_thread(path.unlink, missing_ok=True)

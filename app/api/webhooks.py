@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
     "/replicate/{attempt_id}",
     status_code=204,
     summary="Replicate reports on a prediction",
-    responses=problem_responses(401, 404, 413, 422, 503),
+    responses=problem_responses(401, 403, 404, 408, 413, 422, 503),
 )
 async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
     """Take a signed report as a doorbell; repeated, late or out of order, it does no harm.

@@ -23,8 +23,12 @@ settings = get_settings()
 Gossip.compatible_transports = Mingle.compatible_transports = set()
 
 # Flower may look at a worker but not revoke a task: workers remember a revoked id and would refuse
-# every later message for that job. A job is cancelled through the API, in the database.
-for command in ("revoke", "revoke_by_stamped_headers", "terminate"):
+# every later message for that job. A job is cancelled through the API, in the database. Nor may it
+# take a worker's queue or threads away, which would look well and hear nothing.
+REVOKING = ("revoke", "revoke_by_stamped_headers", "terminate")
+CONSUMING = ("add_consumer", "cancel_consumer")
+POOL = ("autoscale", "pool_grow", "pool_restart", "pool_shrink", "rate_limit", "time_limit")
+for command in (*REVOKING, *CONSUMING, *POOL):
     Panel.data.pop(command, None)
 
 transport.use()

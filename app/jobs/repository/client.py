@@ -6,9 +6,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, and_, func, insert, select, update
+from sqlalchemy import Select, Text, and_, cast, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from app.jobs.models import Deletion, DeletionKind, Job, JobStatus, Output
 from app.jobs.repository.records import NewJob, Outputs, QueueStats
@@ -29,6 +30,7 @@ from app.jobs.repository.statements import (
 
 # A fresh job is rung by the API at once; the sweep rings only if that was lost.
 FIRST_RING_SECONDS = 5
+PAGE_BYTES = 4 << 20
 
 
 class ClientSide(Repository):
@@ -81,16 +83,23 @@ class ClientSide(Repository):
         limit: int,
         offset: int = 0,
         before: tuple[datetime, UUID] | None = None,
-    ) -> Sequence[Job]:
-        """Return a page of jobs, newest first; `before` is the last (created_at, id) seen."""
+    ) -> tuple[Sequence[Job], bool]:
+        """Return a page of jobs, newest first, and whether there are more behind it.
+
+        `before` is the last (created_at, id) seen. A page is shorter than `limit` where its
+        parameters would be more than `PAGE_BYTES`: each job may have a megabyte of them.
+        """
         query = select(Job).order_by(jobs.created_at.desc(), jobs.id.desc())
         if status is not None:
             query = query.where(jobs.status == status)
         if before is not None:
             key = func.row(jobs.created_at, jobs.id)
             query = query.where(key < func.row(*before))
+        bounded = _bounded(query.limit(limit + 1).offset(offset))
         async with self._statements() as session:
-            return (await session.scalars(query.limit(limit).offset(offset))).all()
+            rows = (await session.execute(bounded)).all()
+        shown = [job for job, _ in rows[:limit]]
+        return shown, bool(rows) and rows[0][1] > len(shown)
 
     async def outputs(self, job_ids: Collection[UUID]) -> dict[UUID, Outputs]:
         """Return the outputs of these jobs; jobs without any are left out."""
@@ -159,6 +168,21 @@ class ClientSide(Repository):
         async with self._statements() as session:
             by_status = await _counts(session)
         return by_status[status] if status else sum(by_status.values())
+
+
+def _bounded(query: Select[Job]) -> Select[Job, int]:
+    """Leave out what is behind `PAGE_BYTES` of parameters, and count the rows of all."""
+    page = query.subquery()
+    newest_first = page.c.created_at.desc(), page.c.id.desc()
+    size_bytes = func.octet_length(cast(page.c.parameters, Text))
+    bytes_before = func.sum(size_bytes).over(order_by=newest_first) - size_bytes
+    sized = select(page, bytes_before.label("bytes_before"), func.count().over().label("rows"))
+    found = sized.subquery()
+    return (
+        select(aliased(Job, found), found.c.rows)
+        .where(found.c.bytes_before < PAGE_BYTES)
+        .order_by(found.c.created_at.desc(), found.c.id.desc())
+    )
 
 
 def _with_deletion() -> Select[Output, datetime | None]:

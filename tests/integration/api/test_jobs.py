@@ -117,6 +117,20 @@ class TestList:
         assert seen == made[::-1]
         assert pages == 3
 
+    async def test_a_page_is_bounded_in_bytes_as_well(
+        self, client: httpx2.AsyncClient, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A megabyte each, and a hundred of them, would be a hundred megabytes in one answer."""
+        monkeypatch.setattr("app.jobs.repository.client.PAGE_BYTES", 15)
+        made = [str((await jobs.pending()).id) for _ in range(3)]  # of 14 bytes each
+        first = await client.get("/api/v1/jobs")
+        assert [job["id"] for job in first.json()] == made[:0:-1]
+        second = await client.get(next_page(first) or "")
+        assert [job["id"] for job in second.json()] == made[:1]
+        assert next_page(second) is None
+        monkeypatch.setattr("app.jobs.repository.client.PAGE_BYTES", 1)
+        assert len((await client.get("/api/v1/jobs")).json()) == 1  # one is always shown
+
     async def test_the_next_link_keeps_filter_and_limit(
         self, client: httpx2.AsyncClient, jobs: Jobs
     ) -> None:

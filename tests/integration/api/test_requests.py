@@ -14,6 +14,8 @@ from app.config import Settings
 from tests.integration.api.conftest import FakeProvider, OpenClient, problem_of
 
 ORIGIN = "https://console.example"
+UNKNOWN = "0190b5c2-0000-7000-8000-000000000000"
+BODY = b'{"prompt": "x"}'
 
 
 def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -114,15 +116,74 @@ class TestBodyLimit:
         assert len(body) == 2000
         assert (await small.post("/api/v1/generate", content=body)).status_code == 201
 
+    async def test_a_report_may_be_larger(self, small: httpx2.AsyncClient) -> None:
+        """It repeats the input of the job."""
+        url = f"/api/v1/webhooks/replicate/{UNKNOWN}"
+        assert (await small.post(url, content=b"x" * 8000)).status_code not in (413, 500)
+        problem_of(await small.post(url, content=b"x" * 8001), 413)
+
+    async def test_a_body_that_never_comes_is_not_our_failure(
+        self,
+        client: httpx2.AsyncClient,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        async def stalls() -> AsyncIterator[bytes]:
+            yield b'{"prompt": '
+            await asyncio.sleep(5)
+            yield b'"x"}'
+
+        monkeypatch.setattr("app.api.middleware.ANSWER_SECONDS", 0.2)
+        problem_of(await client.post("/api/v1/generate", content=stalls()), 408)
+        assert "answer_too_late" not in caplog.text
+
     @pytest.mark.parametrize("declared", ["9" * 30, "9" * 5000])
     async def test_an_absurd_length(self, small: httpx2.AsyncClient, declared: str) -> None:
         headers = {"content-length": declared}
         problem_of(await small.post("/api/v1/generate", content=b"{}", headers=headers), 413)
 
 
+class TestOrigin:
+    """A page of a stranger's makes a browser send what changes something: it must not."""
+
+    @pytest.mark.parametrize("method", ["POST", "DELETE"])
+    @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://api.test:81"])
+    async def test_a_strangers_page_changes_nothing(
+        self, client: httpx2.AsyncClient, services: Services, method: str, origin: str
+    ) -> None:
+        headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+        path = "/api/v1/generate" if method == "POST" else f"/api/v1/jobs/{UNKNOWN}"
+        response = await client.request(method, path, content=BODY, headers=headers)
+        problem_of(response, 403)
+        assert await services.repository.count(None) == 0
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},  # curl
+            {"Origin": "http://api.test"},
+            {"Origin": "https://behind.a.proxy", "Sec-Fetch-Site": "same-origin"},
+            {"Origin": ORIGIN, "Sec-Fetch-Site": "cross-site"},
+        ],
+    )
+    async def test_everybody_else_may(
+        self, settings: Settings, open_client: OpenClient, headers: dict[str, str]
+    ) -> None:
+        async with open_client(settings.model_copy(update={"cors_origins": ORIGIN})) as client:
+            response = await client.post("/api/v1/generate", content=BODY, headers=headers)
+        assert response.status_code == 201
+
+    async def test_anybody_may_read(self, client: httpx2.AsyncClient) -> None:
+        headers = {"Origin": "https://evil.example"}
+        response = await client.get("/api/v1/jobs", headers=headers)
+        assert response.status_code == 200
+        assert "access-control-allow-origin" not in response.headers  # so its script may not
+
+
 class TestErrors:
     async def test_unknown_path_and_wrong_method(self, client: httpx2.AsyncClient) -> None:
         problem_of(await client.get("/nope"), 404)
+        problem_of(await client.post("/api/v1/generate/", content=BODY), 404)  # no redirect
         response = await client.put("/api/v1/jobs")
         problem_of(response, 405)
         assert response.headers["allow"] == "GET"

@@ -128,6 +128,24 @@ class TestAskedAgain:
         await services.storage.delete(media_key(f"{job.id}.png"))
         problem_of(await client.get(url), 404)
 
+    async def test_a_storage_that_has_gone_silent_meanwhile_is_503(
+        self,
+        client: httpx2.AsyncClient,
+        jobs: Jobs,
+        services: Services,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async def silent(*_: object) -> bytes:
+            await asyncio.sleep(60)
+            return b""
+
+        url = f"/media/{(await jobs.completed(DATA)).id}.png"
+        assert (await client.get(url)).status_code == 200
+        monkeypatch.setattr(services.storage, "load", silent)
+        monkeypatch.setattr(recent, "ANSWER_SECONDS", 0.1)
+        monkeypatch.setattr("app.api.middleware.ANSWER_SECONDS", 0.1)
+        problem_of(await client.get(url), 503)
+
     async def test_only_so_many_are_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(recent, "ENTRIES", 3)
         files = recent.RecentFiles()

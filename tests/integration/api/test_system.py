@@ -243,7 +243,7 @@ class TestDocumentation:
     @pytest.mark.parametrize(
         ("method", "path", "codes"),
         [
-            ("post", "/api/v1/generate", {"201", "413", "422", "500", "503"}),
+            ("post", "/api/v1/generate", {"201", "403", "408", "413", "422", "500", "503"}),
             ("get", "/api/v1/status/{job_id}", {"200", "404", "422", "500", "503"}),
             ("get", "/api/v1/jobs", {"200", "422", "500", "503"}),
             (
@@ -251,7 +251,7 @@ class TestDocumentation:
                 "/api/v1/jobs/{job_id}/metadata",
                 {"200", "404", "409", "410", "422", "500", "503"},
             ),
-            ("delete", "/api/v1/jobs/{job_id}", {"200", "404", "409", "422", "500", "503"}),
+            ("delete", "/api/v1/jobs/{job_id}", {"200", "403", "404", "409", "422", "500", "503"}),
             (
                 "get",
                 "/api/v1/download/{job_id}",

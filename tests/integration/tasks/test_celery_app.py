@@ -20,6 +20,10 @@ before = doorbell.queue_length()
 doorbell.ring([uuid4(), uuid4()])
 print(doorbell.queue_length() - before)
 """
+COMMANDS = """
+from app.tasks.celery_app import Panel
+print(*Panel.data)
+"""
 TLS = """
 from app.tasks.celery_app import celery_app
 print(celery_app.connection_for_write().ssl)
@@ -35,6 +39,13 @@ def output_of(code: str, **environment: str) -> str:
 def test_a_result_backend_that_is_away_does_not_keep_the_doorbell_waiting(valkey: Valkey) -> None:
     away = "redis://127.0.0.1:1/0"
     assert output_of(RING, CELERY_BROKER_URL=valkey.url, CELERY_RESULT_BACKEND=away) == "rung"
+
+
+def test_nobody_takes_a_workers_queue_or_threads_away_from_outside() -> None:
+    """It would look well and hear nothing, as one that remembers revoked ids."""
+    known = set(output_of(COMMANDS).split())
+    assert {"ping", "stats", "active", "shutdown"} <= known
+    assert not {"revoke", "terminate", "cancel_consumer", "pool_shrink", "rate_limit"} & known
 
 
 def test_the_messages_that_wait_are_counted(valkey: Valkey) -> None:
