@@ -29,8 +29,10 @@ import psycopg
 
 from app.config import get_settings
 from app.errors import StorageError
+from app.jobs.strays import batches
 from app.storage import create_storage
-from app.storage.base import FOLDERS, Storage, StoredFile, media_key, metadata_key
+from app.storage.base import FOLDERS, Storage, StoredFile, job_id_of, media_key, metadata_key
+from app.storage.leftovers import leftovers, remove_leftovers
 
 BATCH = 500
 READERS = 8
@@ -130,7 +132,7 @@ class Audit:
         async for job_ids in self._completed():
             await self._check_rows(job_ids)
         for folder in FOLDERS:
-            async for files in _batches(self._storage.names(folder)):
+            async for files in batches(self._storage.names(folder)):
                 await self._check_files(folder, files)
         await self._check_leftovers()
 
@@ -187,7 +189,7 @@ class Audit:
     async def _check_files(self, folder: str, files: list[StoredFile]) -> None:
         """The files were listed first: what has been stored since can not look unknown."""
         self.checked["files"] += len(files)
-        ids = {job_id for file in files if (job_id := _job_id(file.name))}
+        ids = {job_id for file in files if (job_id := job_id_of(file.name))}
         rows = await self._rows(list(ids))
         for file in files:
             if finding := _judge(folder, file, rows):
@@ -204,9 +206,9 @@ class Audit:
             finding.repaired = True
 
     async def _check_leftovers(self) -> None:
-        found = await self._storage.leftovers(LEFTOVER_SECONDS)
+        found = await leftovers(self._storage.workspaces, LEFTOVER_SECONDS)
         if self._repair:
-            await self._storage.clean(LEFTOVER_SECONDS)
+            await remove_leftovers(self._storage.workspaces, LEFTOVER_SECONDS)
         for path in found:
             detail = "A dead process left it half-made."
             self.findings.append(Finding("leftover", str(path), detail, repaired=self._repair))
@@ -229,7 +231,7 @@ class Audit:
 def _judge(folder: str, file: StoredFile, rows: Rows) -> Finding | None:
     """Say what is wrong with a file that is there, if anything."""
     key = f"{folder}/{file.name}"
-    job_id = _job_id(file.name)
+    job_id = job_id_of(file.name)
     status = rows.statuses.get(job_id) if job_id else None
     if job_id is None or status is None:
         return Finding("unknown_file", key, "No row knows its job.")
@@ -252,13 +254,6 @@ def _is_expected(folder: str, name: str, job_id: UUID, rows: Rows) -> bool:
     return name in rows.names
 
 
-def _job_id(name: str) -> UUID | None:
-    try:
-        return UUID(name[:36])
-    except ValueError:
-        return None
-
-
 async def _sha256(storage: Storage, key: str) -> str:
     digest = hashlib.sha256()
     try:
@@ -267,17 +262,6 @@ async def _sha256(storage: Storage, key: str) -> str:
     except FileNotFoundError:
         return ""  # deleted since; looked up again before it is reported
     return digest.hexdigest()
-
-
-async def _batches(files: AsyncIterator[StoredFile]) -> AsyncIterator[list[StoredFile]]:
-    batch: list[StoredFile] = []
-    async for file in files:
-        batch.append(file)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _print(audit: Audit, *, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
 from app.providers.base import Provider
 from app.storage.base import Storage
+from app.storage.leftovers import remove_leftovers
 
 BATCH = 500
 LOGGED_JOBS = 20
@@ -151,7 +152,7 @@ class Recovery:
     async def keep_house(self) -> None:
         """Warn of outputs that may be lost soon; remove what dead processes left half-written."""
         await self._warn_of_risks()  # first: it is a storage that fails which puts them at risk
-        removed = await self._storage.clean(LEFTOVER_SECONDS)
+        removed = await remove_leftovers(self._storage.workspaces, LEFTOVER_SECONDS)
         if removed:
             log.info("leftovers_removed", files=removed)
 

@@ -8,10 +8,9 @@ import structlog
 
 from app.errors import StorageError
 from app.jobs.repository import JobRepository
-from app.storage.base import Storage, StoredFile
+from app.storage.base import Storage, StoredFile, job_id_of
 
 BATCH = 500
-JOB_ID_CHARS = 36
 
 log = structlog.get_logger(__name__)
 
@@ -39,30 +38,29 @@ async def _strays(
     repository: JobRepository, storage: Storage
 ) -> AsyncIterator[tuple[UUID, str, str]]:
     for folder in ("media", "metadata"):
-        async for names in _batches(storage.names(folder)):
-            by_job = _by_job(names)
+        async for files in batches(storage.names(folder)):
+            by_job = _by_job(files)
             for job_id in await repository.ended_without_output(by_job.keys()):
                 for name in by_job[job_id]:
                     yield job_id, folder, name
 
 
-async def _batches(files: AsyncIterator[StoredFile]) -> AsyncIterator[list[str]]:
-    names: list[str] = []
+async def batches(files: AsyncIterator[StoredFile]) -> AsyncIterator[list[StoredFile]]:
+    """Yield the files of a listing in lists, as many as a query may ask for at once."""
+    batch: list[StoredFile] = []
     async for file in files:
-        names.append(file.name)
-        if len(names) == BATCH:
-            yield names
-            names = []
-    if names:
-        yield names
+        batch.append(file)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
-def _by_job(names: Sequence[str]) -> dict[UUID, list[str]]:
-    """Group file names by the job id that they begin with; leave out names without one."""
+def _by_job(files: Sequence[StoredFile]) -> dict[UUID, list[str]]:
+    """Group the files' names by job; leave out those that are no job's."""
     by_job = defaultdict(list)
-    for name in names:
-        try:
-            by_job[UUID(name[:JOB_ID_CHARS])].append(name)
-        except ValueError:
-            continue
+    for file in files:
+        if job_id := job_id_of(file.name):
+            by_job[job_id].append(file.name)
     return by_job

@@ -1,4 +1,4 @@
-"""Outputs and metadata on disk (top-level `storage/` is the data, this the code)."""
+"""Outputs and metadata in folders or a bucket (top-level `storage/` is data, this the code)."""
 
 import tempfile
 from pathlib import Path

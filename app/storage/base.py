@@ -1,9 +1,6 @@
 """Where outputs and their metadata live: one interface, whatever is behind it."""
 
-import os
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +34,9 @@ class Storage(Protocol):
 
     workspace: Path
     """A local folder for files being made; `put` may move from here without copying."""
+
+    workspaces: Collection[Path]
+    """All local folders where files are half-made: see `leftovers`."""
 
     async def put(self, key: str, path: Path, still_ours: Checkpoint | None = None) -> None:
         """Make the local file `path` durable under `key`; `path` is gone afterwards.
@@ -84,14 +84,6 @@ class Storage(Protocol):
         """
         ...
 
-    async def leftovers(self, older_than_seconds: float) -> list[Path]:
-        """Return the local files that a dead process left half-made."""
-        ...
-
-    async def clean(self, older_than_seconds: float) -> int:
-        """Remove the leftovers; return how many."""
-        ...
-
     async def check(self) -> None:
         """Raise StorageError unless a file can be written right now."""
         ...
@@ -131,33 +123,9 @@ def checked_folder(folder: str) -> str:
     return folder
 
 
-def old_files(paths: Iterable[Path], older_than_seconds: float, folder: Path) -> list[Path]:
-    """Return the files that are older; `folder` is one to write in. Blocking."""
-    # The file system's own clock, by a file of now: another machine may serve this folder.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="now-") as file:
-        now = os.fstat(file.fileno()).st_mtime
-    found = []
-    for path in paths:
-        with suppress(FileNotFoundError):  # another worker cleans as well
-            if now - path.stat().st_mtime > older_than_seconds:
-                found.append(path)
-    return found
-
-
-def remove(paths: Iterable[Path]) -> int:
-    """Remove the files; return how many were still there. Blocking.
-
-    Raises: OSError - one of them cannot be removed; the others are.
-    """
-    removed, failure = 0, None
-    for path in paths:
-        try:
-            path.unlink()
-            removed += 1
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            failure = error
-    if failure is not None:
-        raise failure
-    return removed
+def job_id_of(name: str) -> UUID | None:
+    """Return the job whose file this is: every file's name begins with its id."""
+    try:
+        return UUID(name[:36])
+    except ValueError:
+        return None

@@ -11,15 +11,15 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from datetime import UTC, datetime
 from io import FileIO
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
 from app.errors import StorageError
-from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key
 
 # Hidden, in each folder that may be on a file system of its own: for files that are being made.
 INCOMING = ".incoming"
@@ -47,15 +47,16 @@ class LocalStorage:
         # Inside the media folder, which is there and may be the only one on its file system:
         # so no move out of the workspace crosses to another.
         self.workspace = media / INCOMING
-        # Nor does one out of the metadata's: see `_copy_durably`.
-        self._workspaces = {self.workspace, metadata / INCOMING}
+        # Nor does one out of the metadata's: see `_copy_durably`. Never the folders of what is
+        # stored: to list a million files takes hundreds of megabytes.
+        self.workspaces: Collection[Path] = {self.workspace, metadata / INCOMING}
         self._folders = {
             "media": media,
             "metadata": metadata,
             "thumbnails": media / ".thumbnails",
         }
         try:
-            for folder in (*self._folders.values(), *self._workspaces):
+            for folder in (*self._folders.values(), *self.workspaces):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the storage folders: {error.strerror}") from error
@@ -131,32 +132,13 @@ class LocalStorage:
     async def url(self, key: str, seconds: int) -> None:
         """See `Storage.url`: the API serves the files itself."""
 
-    async def leftovers(self, older_than_seconds: float) -> list[Path]:
-        """See `Storage.leftovers`."""
-        try:
-            return await asyncio.to_thread(self._leftovers, older_than_seconds)
-        except OSError as error:
-            raise StorageError(f"cannot read the workspace: {error.strerror}") from error
-
-    async def clean(self, older_than_seconds: float) -> int:
-        """See `Storage.clean`."""
-        try:
-            return await asyncio.to_thread(remove, await self.leftovers(older_than_seconds))
-        except OSError as error:
-            raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
-
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
-            for folder in (*self._workspaces, self._folders["metadata"]):
+            for folder in (*self.workspaces, self._folders["metadata"]):
                 await asyncio.to_thread(_probe, folder)
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
-
-    def _leftovers(self, older_than_seconds: float) -> list[Path]:
-        # Never the folders of what is stored: to list a million files takes hundreds of megabytes.
-        paths = chain.from_iterable(folder.iterdir() for folder in self._workspaces)
-        return old_files(paths, older_than_seconds, self.workspace)
 
     def _path(self, key: str) -> Path:
         folder, name = checked_key(key)

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import mimetypes
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from app.errors import StorageError
-from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key, old_files, remove
+from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key
 
 if TYPE_CHECKING:
     from obstore import Attributes, GetOptions, ObjectMeta, PutMode  # for type checkers only
@@ -67,6 +67,7 @@ class S3Storage:
         # The signature covers the host, so what clients get is signed on the host they see.
         self._public_store = _open(url, public_endpoint_url or endpoint_url, config)
         self.workspace = workspace
+        self.workspaces: Collection[Path] = {workspace}
         try:
             workspace.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -148,20 +149,6 @@ class S3Storage:
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot sign {key}: {type(error).__name__}") from error
 
-    async def leftovers(self, older_than_seconds: float) -> list[Path]:
-        """See `Storage.leftovers`."""
-        try:
-            return await asyncio.to_thread(self._leftovers, older_than_seconds)
-        except OSError as error:
-            raise StorageError(f"cannot read the workspace: {error.strerror}") from error
-
-    async def clean(self, older_than_seconds: float) -> int:
-        """See `Storage.clean`."""
-        try:
-            return await asyncio.to_thread(remove, await self.leftovers(older_than_seconds))
-        except OSError as error:
-            raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
-
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
@@ -230,9 +217,6 @@ class S3Storage:
         async for chunk in self.read(key):
             theirs.update(chunk)
         return theirs.digest() == await asyncio.to_thread(_sha256, path)
-
-    def _leftovers(self, older_than_seconds: float) -> list[Path]:
-        return old_files(self.workspace.iterdir(), older_than_seconds, self.workspace)
 
 
 def _open(url: str, endpoint_url: str | None, config: "S3Config") -> S3Store:

@@ -23,6 +23,7 @@ from app.storage.base import (
     metadata_key,
     thumbnail_key,
 )
+from app.storage.leftovers import remove_leftovers
 
 KEY = media_key("picture.png")
 # More than any adapter moves at once, and not a multiple of anything.
@@ -262,9 +263,9 @@ class StorageContract:
             path.write_bytes(b"half")
             changed_at = time.time() - age_seconds
             os.utime(path, (changed_at, changed_at))
-        assert await storage.clean(3600) == 2
+        assert await remove_leftovers(storage.workspaces, 3600) == 2
         assert [path.name for path in storage.workspace.iterdir()] == ["young"]
-        assert await storage.clean(3600) == 0
+        assert await remove_leftovers(storage.workspaces, 3600) == 0
         assert await read(storage, KEY) == b"media"
         assert await read(storage, metadata_key(UUID(int=7))) == b"metadata"
 

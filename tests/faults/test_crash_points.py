@@ -19,6 +19,7 @@ from app.jobs.lifecycle import Outcome
 from app.jobs.models import AttemptState, Job, JobStatus
 from app.jobs.repository import NewJob
 from app.providers.base import Prediction
+from app.storage.leftovers import remove_leftovers
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
 from tests.faults import stoppable
@@ -356,7 +357,7 @@ async def _stop_at(
         finally:
             steps.die()
             await end_of(task, 2)
-    await second.storage.clean(0)
+    await remove_leftovers(second.storage.workspaces, 0)
     assert leftovers(settings) == []
     return steps.stopped.is_set()
 

@@ -772,7 +772,7 @@ class TestHousekeeping:
         prediction = await worker.provider.create(REQUEST)
         await worker.repository.record_prediction(claim.lease, attempt.id, prediction)
         # The storage that fails is what puts it at risk.
-        monkeypatch.setattr(worker.recovery._storage, "clean", AsyncMock(side_effect=StorageError))
+        monkeypatch.setattr(recovery, "remove_leftovers", AsyncMock(side_effect=StorageError))
         with pytest.raises(StorageError):
             await worker.recovery.keep_house()
         [call] = logged.calls

@@ -14,6 +14,7 @@ import pytest
 
 from app.errors import LeaseLost, StorageError
 from app.storage.base import Storage
+from app.storage.leftovers import remove_leftovers
 from app.storage.local import LocalStorage
 from tests.contracts.storage import KEY, Owner, StorageContract, listed, put, read
 
@@ -183,7 +184,7 @@ class TestClean:
         (tmp_path / "metadata" / ".incoming" / "copy").write_bytes(b"half")
         for path in (tmp_path / "metadata").rglob("*"):
             os.utime(path, (0, 0))
-        assert await storage.clean(3600) == 1
+        assert await remove_leftovers(storage.workspaces, 3600) == 1
         assert await read(storage, METADATA_KEY) == b"metadata"
 
     async def test_it_takes_no_memory_however_much_is_stored(
@@ -195,7 +196,7 @@ class TestClean:
                 (tmp_path / folder / f"{number}.json").touch()
         tracemalloc.start()
         try:
-            assert await storage.clean(3600) == 0
+            assert await remove_leftovers(storage.workspaces, 3600) == 0
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -206,14 +207,21 @@ class TestClean:
     ) -> None:
         shutil.rmtree(tmp_path / "media")
         with pytest.raises(StorageError, match="workspace"):
-            await storage.clean(3600)
+            await remove_leftovers(storage.workspaces, 3600)
 
     async def test_many_at_once_count_every_file_once(self, storage: LocalStorage) -> None:
         for number in range(50):
             path = storage.workspace / str(number)
             path.write_bytes(b"half")
             os.utime(path, (0, 0))
-        assert sum(await asyncio.gather(*(storage.clean(3600) for _ in range(8)))) == 50
+        assert (
+            sum(
+                await asyncio.gather(
+                    *(remove_leftovers(storage.workspaces, 3600) for _ in range(8))
+                )
+            )
+            == 50
+        )
 
 
 class TestFullDisk:
