@@ -22,6 +22,13 @@ class QueueView(BaseModel):
     oldest_age_seconds: float
 
 
+class PredictionsView(BaseModel):
+    """Predictions that are paid for and not stored: Replicate deletes outputs after an hour."""
+
+    unstored: int
+    oldest_age_seconds: float
+
+
 class WorkersView(BaseModel):
     """Living workers, and how many jobs they hold at once."""
 
@@ -35,6 +42,7 @@ class MetricsBody(BaseModel):
     jobs_total: int
     jobs_by_status: dict[str, int]
     queue: QueueView
+    predictions: PredictionsView
     workers: WorkersView
 
 
@@ -54,6 +62,9 @@ def metrics_view(stats: QueueStats) -> MetricsView:
             queue=QueueView(
                 depth=stats.jobs_by_status["pending"],
                 oldest_age_seconds=stats.oldest_pending_age_seconds,
+            ),
+            predictions=PredictionsView(
+                unstored=stats.unstored, oldest_age_seconds=stats.oldest_unstored_age_seconds
             ),
             workers=WorkersView(alive=stats.workers, slots=stats.worker_slots),
         ),
@@ -109,6 +120,12 @@ class _Snapshot(Collector):
                 "media_queue_oldest_age_seconds",
                 "Age of the oldest pending job.",
                 stats.oldest_pending_age_seconds,
+            ),
+            ("media_predictions_unstored", "Paid for and not stored yet.", stats.unstored),
+            (
+                "media_predictions_oldest_age_seconds",
+                "Age of the oldest of them: Replicate deletes outputs an hour after the end.",
+                stats.oldest_unstored_age_seconds,
             ),
             ("media_workers", "Workers with a fresh heartbeat.", stats.workers),
             ("media_worker_slots", "Jobs that the living workers can hold.", stats.worker_slots),

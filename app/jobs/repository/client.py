@@ -11,12 +11,13 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from app.jobs.models import Deletion, DeletionKind, Job, JobStatus, Output
+from app.jobs.models import AttemptState, Deletion, DeletionKind, Job, JobStatus, Output
 from app.jobs.repository.records import NewJob, Outputs, QueueStats
 from app.jobs.repository.statements import (
     UNFINISHED,
     Repository,
     age_seconds,
+    attempts,
     counts,
     deletions,
     finish_cancel,
@@ -147,12 +148,17 @@ class ClientSide(Repository):
             await session.execute(select(jobs.id).limit(1))
 
     async def stats(self, lease_seconds: float) -> QueueStats:
-        """Return counts and ages; constant time, however many jobs there are."""
+        """Return counts and ages, in a time that does not depend on how many jobs have ended."""
         oldest = (
             select(age_seconds(jobs.created_at))
             .where(jobs.status == JobStatus.PENDING)
             .order_by(jobs.created_at, jobs.id)
             .limit(1)
+        )
+        unstored = (
+            select(func.count(), func.max(age_seconds(attempts.submitted_at)))
+            .join(Job, jobs.id == attempts.job_id)
+            .where(attempts.state == AttemptState.SUBMITTED, jobs.status.in_(UNFINISHED))
         )
         alive = select(func.count(), func.coalesce(func.sum(workers.concurrency), 0)).where(
             is_alive(lease_seconds)
@@ -160,8 +166,16 @@ class ClientSide(Repository):
         async with self._statements() as session:
             by_status = await _counts(session)
             age = await session.scalar(oldest)
+            unstored_count, unstored_age = (await session.execute(unstored)).one()
             alive_count, slots = (await session.execute(alive)).one()
-        return QueueStats(by_status, float(age or 0), alive_count, slots)
+        return QueueStats(
+            jobs_by_status=by_status,
+            oldest_pending_age_seconds=float(age or 0),
+            unstored=unstored_count,
+            oldest_unstored_age_seconds=float(unstored_age or 0),
+            workers=alive_count,
+            worker_slots=slots,
+        )
 
     async def count(self, status: JobStatus | None) -> int:
         """Return how many jobs there are (of this status), from the trigger's counters."""

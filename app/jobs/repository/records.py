@@ -65,9 +65,11 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """The queue and the workers as of now; ages in seconds."""
+    """The queue, what is paid for and not stored, and the workers, as of now; ages in seconds."""
 
     jobs_by_status: dict[str, int]
     oldest_pending_age_seconds: float
+    unstored: int
+    oldest_unstored_age_seconds: float
     workers: int
     worker_slots: int

@@ -16,6 +16,7 @@ from app.api.deps import Services
 from app.api.problems import Problem
 from app.api.schemas import CREATED_JOB_EXAMPLE, JOB_EXAMPLE, CreatedJobView, JobView
 from app.config import Settings
+from app.providers.base import Prediction, PredictionRequest
 from scripts.servers import Postgres
 from tests.faults.proxy import FaultProxy
 from tests.integration.api.conftest import NOWHERE, Jobs, OpenClient, problem_of
@@ -152,7 +153,22 @@ class TestMetrics:
         assert body["metrics"]["queue"]["depth"] == 2
         assert 0 < body["metrics"]["queue"]["oldest_age_seconds"] < 60
         assert body["metrics"]["workers"] == {"alive": 1, "slots": 10}
+        assert body["metrics"]["predictions"] == {"unstored": 0, "oldest_age_seconds": 0}
         assert body["timestamp"].endswith("Z")
+
+    async def test_what_is_paid_for_and_not_stored_is_counted(
+        self, client: httpx2.AsyncClient, services: Services, jobs: Jobs
+    ) -> None:
+        claim = await jobs.processing()
+        request = PredictionRequest("owner/name", {"prompt": "a fox"}, 60)
+        attempt = await services.repository.begin_attempt(claim.lease, "replicate", request)
+        await services.repository.record_prediction(
+            claim.lease, attempt.id, Prediction("p1", "starting", "owner/name", request.input)
+        )
+        await jobs.completed()
+        body = (await client.get("/metrics")).json()
+        assert body["metrics"]["predictions"]["unstored"] == 1
+        assert 0 < body["metrics"]["predictions"]["oldest_age_seconds"] < 60
 
     async def test_prometheus_text(self, client: httpx2.AsyncClient, jobs: Jobs) -> None:
         await jobs.pending()
@@ -166,6 +182,7 @@ class TestMetrics:
         assert samples["media_jobs", "pending"] == 1
         assert samples["media_jobs", "failed"] == 0
         assert samples["media_queue_depth",] == 1
+        assert samples["media_predictions_unstored",] == 0
         assert samples["media_workers",] == 0
 
     async def test_openmetrics_for_prometheus_itself(self, client: httpx2.AsyncClient) -> None:

@@ -39,7 +39,7 @@ def test_prefers_prometheus(accept: str, prometheus: bool) -> None:
     ],
 )
 def test_a_version_that_is_none_is_answered_with_plain_text(accept: str) -> None:
-    stats = QueueStats({"pending": 1}, 0.0, 0, 0)
+    stats = QueueStats({"pending": 1}, 0.0, 0, 0.0, 0, 0)
     body, content_type = prometheus_text(stats, accept)
     assert b"media_queue_depth 1.0" in body
     assert content_type.startswith("text/plain; version=0.0.4")
