@@ -11,8 +11,8 @@ from app.api.deps import App, Services
 from app.api.problems import problem_responses
 from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
 from app.jobs.models import Attempt, AttemptState
-from app.jobs.reconcile import asked_for
-from app.providers.base import Prediction, may_be
+from app.jobs.reconcile import sought_by
+from app.providers.base import Prediction
 from app.providers.replicate.answers import read_prediction
 from app.tasks.wakeups import wake
 
@@ -93,4 +93,4 @@ async def _speaks_of(app: Services, attempt: Attempt, prediction: Prediction) ->
     if attempt.prediction_id is not None:
         return attempt.prediction_id == prediction.id
     job = await app.repository.get(attempt.job_id)
-    return may_be(prediction, asked_for(attempt, job.parameters.get("seed") if job else None))
+    return sought_by(attempt, job.parameters.get("seed") if job else None).may_be(prediction)

@@ -9,10 +9,10 @@ import structlog
 from app.errors import FailureClass, ProviderError
 from app.jobs.duty import repeat
 from app.jobs.models import Attempt
-from app.jobs.reconcile import asked_for
+from app.jobs.reconcile import sought_by
 from app.jobs.repository import JobRepository, Orphan
 from app.jobs.settlement import Settlement, absent, settled, unknown
-from app.providers.base import Prediction, Provider, is_of
+from app.providers.base import Prediction, Provider
 
 # A create call that no list has shown after this long is taken for never received.
 PATIENCE_SECONDS = 120.0
@@ -107,10 +107,10 @@ class OrphanStopper:
     async def _find(self, orphan: Orphan) -> str | None:
         """Return the prediction of a create whose answer was lost, unless another job has it."""
         attempt = orphan.attempt
-        request = asked_for(attempt, orphan.given_seed)
-        seen = await self._provider.find(request, orphan.age_seconds)
-        found = [prediction for prediction in seen if is_of(prediction, request)]
-        if found and not request.has_own_seed and await self._repository.has_twin(attempt):
+        sought = sought_by(attempt, orphan.given_seed)
+        seen = await self._provider.find(sought, orphan.age_seconds)
+        found = [prediction for prediction in seen if sought.is_surely(prediction)]
+        if found and not sought.has_own_seed and await self._repository.has_twin(attempt):
             if orphan.age_seconds > PATIENCE_SECONDS:
                 raise _unknown("A prediction of this input may be another job's.")
             return None  # it may be the other's, and that one is wanted
@@ -118,7 +118,7 @@ class OrphanStopper:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
         if orphan.age_seconds > PATIENCE_SECONDS:
-            strangers = [other for other in seen if not is_of(other, request)]
+            strangers = [other for other in seen if not sought.is_surely(other)]
             if await self._repository.any_unknown(self._provider.name, strangers):
                 raise _unknown("A prediction is listed that may be it, and is no other job's.")
         return None

@@ -19,9 +19,8 @@ from app.jobs.settlement import AttemptEnded, absent, unknown
 from app.providers.base import (
     LOGGED_ID_CHARS,
     Prediction,
-    PredictionRequest,
     Provider,
-    is_of,
+    Sought,
 )
 
 # Failures with more than this between them are not taken for one long silence.
@@ -79,13 +78,13 @@ class _Silence:
         return now - self._since
 
 
-def asked_for(attempt: Attempt, given_seed: object) -> PredictionRequest:
+def sought_by(attempt: Attempt, given_seed: object) -> Sought:
     """Return what an attempt asked for, to look for it; `given_seed` is the client's, or None.
 
     A seed that we have drawn is nobody else's. A model may have none: that is null as well.
     """
     is_ours = given_seed is None and attempt.input.get("seed") is not None
-    return PredictionRequest(attempt.model_name, attempt.input, 0, has_own_seed=is_ours)
+    return Sought(attempt.model_name, attempt.input, has_own_seed=is_ours)
 
 
 class Reconciler:
@@ -147,24 +146,22 @@ class Reconciler:
         known = await self._repository.attempt(attempt.id)
         if known is not None and known.prediction_id is not None:  # by the provider's report
             return Prediction(known.prediction_id, "starting", known.model_name, known.input)
-        request = asked_for(attempt, claim.job.parameters.get("seed"))
-        found = await self._find(attempt, request, age)
+        sought = sought_by(attempt, claim.job.parameters.get("seed"))
+        found = await self._find(attempt, sought, age)
         for prediction in found:
-            if not is_of(prediction, request):
+            if not sought.is_surely(prediction):
                 continue
             if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
                 log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
                 return prediction
         if is_last:
-            await self._doubt_strangers(attempt, found, request, age)
+            await self._doubt_strangers(attempt, found, sought, age)
         return None
 
-    async def _find(
-        self, attempt: Attempt, request: PredictionRequest, age: _Age
-    ) -> list[Prediction]:
+    async def _find(self, attempt: Attempt, sought: Sought, age: _Age) -> list[Prediction]:
         asked_at = time.monotonic()
         try:
-            found = await self._provider.find(request, age.seconds)
+            found = await self._provider.find(sought, age.seconds)
         except ProviderError as error:
             silent_seconds = 0.0
             if error.failure_class is not FailureClass.THROTTLED:  # an answer, of a kind
@@ -177,13 +174,13 @@ class Reconciler:
         return found
 
     async def _doubt_strangers(
-        self, attempt: Attempt, found: list[Prediction], request: PredictionRequest, age: _Age
+        self, attempt: Attempt, found: list[Prediction], sought: Sought, age: _Age
     ) -> None:
         """Raise if one that may be it, but is not by model or input, is no job's.
 
         It may be another job's whose create is still under way, or is being looked for itself.
         """
-        strangers = [seen for seen in found if not is_of(seen, request)]
+        strangers = [seen for seen in found if not sought.is_surely(seen)]
         for pause_seconds in (0, self._policy.call_seconds):
             await asyncio.sleep(pause_seconds)
             if not await self._repository.any_unknown(self._provider.name, strangers):

@@ -24,15 +24,13 @@ MaySend = Callable[[], Awaitable[bool]]
 class PredictionRequest:
     """One create call. `cancel_after_seconds` is the provider's own deadline for the run.
 
-    `webhook` is the address to which the provider reports, if any. With `has_own_seed` the
-    input's seed was drawn at random for this call, so the input alone identifies the prediction.
+    `webhook` is the address to which the provider reports, if any.
     """
 
     model_name: str
     input: dict[str, Any]
     cancel_after_seconds: int
     webhook: str | None = None
-    has_own_seed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,46 +63,53 @@ def split_model(model_name: str) -> tuple[str, str, str]:
     return owner, name, version
 
 
-def of_model(prediction: Prediction, request: PredictionRequest) -> bool:
-    """Tell whether it is a prediction of the model, and version, that was asked for.
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """What a create whose answer was lost has asked for: its prediction is looked for.
 
-    Replicate has been recorded answering under another model's name than the one called: where
-    the input cannot be anybody else's, the name does not matter. Nor does a version's, unless both
-    are names of versions.
+    With `has_own_seed` the input's seed was drawn at random for this create: with the prompt it
+    identifies the prediction.
     """
-    if request.has_own_seed:
-        return True
-    owner, name, version = split_model(request.model_name)
-    known = VERSION.fullmatch(version) and VERSION.fullmatch(prediction.version or "")
-    return prediction.model_name == f"{owner}/{name}" and (
-        not known or version == prediction.version
-    )
 
+    model_name: str
+    input: dict[str, Any]
+    has_own_seed: bool = False
 
-def may_be(prediction: Prediction, request: PredictionRequest) -> bool:
-    """Tell whether its input can be the one that was sent.
+    def may_be(self, seen: Prediction) -> bool:
+        """Tell whether the prediction's input can be the one that was sent.
 
-    A prompt with a seed of its own is enough: nothing then depends on how a provider shows the
-    rest. Otherwise all must be as it was sent, but for files: one that was sent as a data URL may
-    be shown under an address.
-    """
-    seen, sent = prediction.input, request.input
-    if request.has_own_seed:
-        return all(seen.get(name) == sent.get(name) for name in ("prompt", "seed"))
-    return seen.keys() == sent.keys() and all(
-        seen[name] == value or _is_file(value) for name, value in sent.items()
-    )
+        A prompt with a seed of its own is enough: nothing then depends on how a provider shows
+        the rest. Otherwise all must be as it was sent, but for files: one that was sent as a data
+        URL may be shown under an address.
+        """
+        shown, sent = seen.input, self.input
+        if self.has_own_seed:
+            return all(shown.get(name) == sent.get(name) for name in ("prompt", "seed"))
+        return shown.keys() == sent.keys() and all(
+            shown[name] == value or _is_file(value) for name, value in sent.items()
+        )
+
+    def is_surely(self, seen: Prediction) -> bool:
+        """Tell of one that may be it whether it is: made of this very input by this model."""
+        return self.has_own_seed or (seen.input == self.input and self.is_of_model(seen))
+
+    def is_of_model(self, seen: Prediction) -> bool:
+        """Tell whether it is a prediction of the model, and version, that was asked for.
+
+        Replicate has been recorded answering under another model's name than the one called:
+        where the input cannot be anybody else's, the name does not matter. Nor does a version's,
+        unless both are names of versions.
+        """
+        if self.has_own_seed:
+            return True
+        owner, name, version = split_model(self.model_name)
+        known = VERSION.fullmatch(version) and VERSION.fullmatch(seen.version or "")
+        return seen.model_name == f"{owner}/{name}" and (not known or version == seen.version)
 
 
 def _is_file(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     return any(isinstance(one, str) and one.startswith("data:") for one in values)
-
-
-def is_of(prediction: Prediction, request: PredictionRequest) -> bool:
-    """Tell of one that may be it whether it is: made of this very input by this model."""
-    exact = prediction.input == request.input
-    return request.has_own_seed or (exact and of_model(prediction, request))
 
 
 def called_off() -> ProviderError:
@@ -157,12 +162,10 @@ class Provider(Protocol):
         """
         ...
 
-    async def find(
-        self, request: PredictionRequest, made_within_seconds: float
-    ) -> list[Prediction]:
+    async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:
         """Return the predictions that may be it, made in the last seconds, oldest first.
 
-        See `may_be`, and `is_of` for which are. An empty list means that the provider has none.
+        An empty list means that the provider has none.
         Raises: ProviderError when the provider cannot say.
         """
         ...

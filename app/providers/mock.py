@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
 from app.providers import pictures
-from app.providers.base import MaySend, Prediction, PredictionRequest, called_off
+from app.providers.base import MaySend, Prediction, PredictionRequest, Sought, called_off
 
 PREFIX = "mock-"
 PROMPT_CHARS = 200  # a little more than a picture can show
@@ -139,11 +139,9 @@ class MockProvider:
                 found[prediction_id] = await self.get(prediction_id)
         return found
 
-    async def find(
-        self, request: PredictionRequest, made_within_seconds: float
-    ) -> list[Prediction]:
+    async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:
         """See `Provider.find`: what no id was kept of never existed here, and cost nothing."""
-        del request, made_within_seconds
+        del sought, made_within_seconds
         return []
 
     async def cancel(self, prediction_id: str) -> Prediction | None:

@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import Prediction, PredictionRequest, Provider
+from app.providers.base import Prediction, PredictionRequest, Provider, Sought
 from app.providers.outcome import output_values, raise_for_outcome
 
 # (seconds=0, failing=False): a provider whose predictions take so long, or always fail.
@@ -27,6 +27,7 @@ Provide = Callable[..., Provider]
 MODEL = "black-forest-labs/flux-schnell"
 INPUT = {"prompt": "a lighthouse at dawn", "width": 96, "height": 64, "seed": 7}
 REQUEST = PredictionRequest(MODEL, INPUT, cancel_after_seconds=60)
+SOUGHT = Sought(MODEL, INPUT)
 LONG_SECONDS = 60
 
 
@@ -94,7 +95,7 @@ class ProviderContract:
                 await provider.create(REQUEST, may_send)
             if isinstance(caught.value, ProviderError):
                 assert caught.value.failure_class is FailureClass.INTERNAL
-        assert await provider.find(REQUEST, 1.0) == []
+        assert await provider.find(SOUGHT, 1.0) == []
 
     async def test_a_create_that_may_be_sent_is_made_once(self, provide: Provide) -> None:
         asked = []
@@ -149,9 +150,9 @@ class ProviderContract:
 
     async def test_find_returns_nothing_else_than_what_was_made(self, provide: Provide) -> None:
         provider, seconds = provide(), 1.0
-        assert await provider.find(REQUEST, seconds) == []
+        assert await provider.find(SOUGHT, seconds) == []
         created = await provider.create(REQUEST)
-        assert {seen.id for seen in await provider.find(REQUEST, seconds)} <= {created.id}
+        assert {seen.id for seen in await provider.find(SOUGHT, seconds)} <= {created.id}
 
     async def test_cancel_ends_a_running_prediction(self, provide: Provide) -> None:
         provider = provide(LONG_SECONDS)

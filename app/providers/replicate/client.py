@@ -10,7 +10,7 @@ import httpx
 from replicate import APIStatusError, NotFoundError
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import MaySend, Prediction, PredictionRequest, split_model
+from app.providers.base import MaySend, Prediction, PredictionRequest, Sought, split_model
 from app.providers.governor import Call, Governor
 from app.providers.replicate.answers import read_page, read_prediction
 from app.providers.replicate.connections import (
@@ -171,11 +171,9 @@ class ReplicateProvider:
             if len(found) == len(wanted):
                 return
 
-    async def find(
-        self, request: PredictionRequest, made_within_seconds: float
-    ) -> list[Prediction]:
+    async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:
         """See `Provider.find`: the list has no filter but time, and echoes the input."""
-        return await self._search.find(request, made_within_seconds)
+        return await self._search.find(sought, made_within_seconds)
 
     async def _pages_for_search(self) -> AsyncGenerator[Page, None]:
         """Yield the list, newest first. Not asked for by time: our clock is not the provider's."""

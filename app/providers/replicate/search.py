@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from app import clock
 from app.errors import FailureClass, ProviderError
-from app.providers.base import Prediction, PredictionRequest, may_be, of_model
+from app.providers.base import Prediction, Sought
 
 # An answer's own date has whole seconds, and may not come from the clock that dates predictions.
 MARGIN_SECONDS = 60.0
@@ -32,11 +32,11 @@ ReadPages = Callable[[], AsyncGenerator[Page, None]]
 
 
 class _Search:
-    """One request that is looked for; its future gets the matches, oldest first."""
+    """One create that is looked for; its future gets the matches, oldest first."""
 
-    def __init__(self, request: PredictionRequest, made_within_seconds: float) -> None:
+    def __init__(self, sought: Sought, made_within_seconds: float) -> None:
         self.future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
-        self._request = request
+        self._sought = sought
         self._since = clock.now() - made_within_seconds
         self._matches: list[Prediction] = []
         self._input_deleted = self._is_unsure = False
@@ -54,8 +54,8 @@ class _Search:
                 self.end()
                 return
             if seen.data_removed:
-                self._input_deleted |= of_model(seen, self._request)
-            elif may_be(seen, self._request):
+                self._input_deleted |= self._sought.is_of_model(seen)
+            elif self._sought.may_be(seen):
                 self._matches.append(seen)
 
     def end(self) -> None:
@@ -82,13 +82,11 @@ class PredictionSearch:
         self._waiting: list[_Search] = []
         self._reader: asyncio.Task[None] | None = None
 
-    async def find(
-        self, request: PredictionRequest, made_within_seconds: float
-    ) -> list[Prediction]:
+    async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:
         """See `Provider.find`. The list is read after the call began, never earlier: whoever
         comes while it is being read waits for the next reading.
         """
-        search = _Search(request, made_within_seconds)
+        search = _Search(sought, made_within_seconds)
         self._waiting.append(search)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read_for_all())

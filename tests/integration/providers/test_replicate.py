@@ -20,7 +20,7 @@ import pytest_asyncio
 import trustme
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import PredictionRequest
+from app.providers.base import PredictionRequest, Sought
 from app.providers.governor import Call
 from app.providers.outcome import output_values
 from app.providers.replicate import ReplicateProvider, client, connections
@@ -35,6 +35,7 @@ MODEL = "acme/painter"
 VERSION = "5" * 64
 INPUT = {"prompt": "a lighthouse", "seed": 7}
 REQUEST = PredictionRequest(MODEL, INPUT, cancel_after_seconds=60)
+SOUGHT = Sought(MODEL, INPUT)
 HTML = "<html><body><h1>502 Bad Gateway</h1></body></html>"
 A_DAY_SECONDS = 86400.0
 
@@ -796,7 +797,7 @@ class TestGet:
 
 READS: dict[str, Callable[[ReplicateProvider], Awaitable[Any]]] = {
     "get": lambda provider: provider.get("p1"),
-    "list": lambda provider: provider.find(REQUEST, A_DAY_SECONDS),
+    "list": lambda provider: provider.find(SOUGHT, A_DAY_SECONDS),
     "cancel": lambda provider: provider.cancel("p1"),
     "models": lambda provider: provider.input_schema(MODEL),
 }
@@ -877,7 +878,7 @@ class TestReads:
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         double.push_fault("list", "status", status=404, times=None)
-        error = await failure(provider.find(REQUEST, A_DAY_SECONDS))
+        error = await failure(provider.find(SOUGHT, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
         assert not isinstance(error, PredictionNotFound)
 
@@ -1018,7 +1019,9 @@ class TestFind:
             {},
         ):
             await provider.create(PredictionRequest(MODEL, other, 60))
-        assert [seen.id for seen in await provider.find(wanted, A_DAY_SECONDS)] == [created.id]
+        assert [seen.id for seen in await provider.find(Sought(MODEL, given), A_DAY_SECONDS)] == [
+            created.id
+        ]
 
     @pytest.mark.parametrize("ahead_seconds", [600, -600, 0])
     async def test_how_long_ago_is_told_by_the_providers_own_clock(
@@ -1030,15 +1033,15 @@ class TestFind:
     ) -> None:
         double.configure(clock_ahead_seconds=ahead_seconds)
         created = await provider.create(REQUEST)
-        assert [seen.id for seen in await provider.find(REQUEST, 1)] == [created.id]
+        assert [seen.id for seen in await provider.find(SOUGHT, 1)] == [created.id]
         if ahead_seconds <= 0:  # else ours is taken, and it is looked back for longer
             monkeypatch.setattr("app.providers.replicate.search.MARGIN_SECONDS", -60.0)
-            assert await provider.find(REQUEST, 30) == []
+            assert await provider.find(SOUGHT, 30) == []
 
     async def test_none_is_an_empty_list(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
-        assert await provider.find(REQUEST, A_DAY_SECONDS) == []
+        assert await provider.find(SOUGHT, A_DAY_SECONDS) == []
 
     async def test_it_looks_through_every_page_oldest_first(
         self, provider: ReplicateProvider, double: ReplicateServer
@@ -1047,7 +1050,7 @@ class TestFind:
         other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
         await asyncio.gather(*(provider.create(other) for _ in range(210)))
         last = await provider.create(REQUEST)
-        found = await provider.find(REQUEST, A_DAY_SECONDS)
+        found = await provider.find(SOUGHT, A_DAY_SECONDS)
         assert [seen.id for seen in found] == [first.id, last.id]
         assert double.ledger().requests["list"] == 3
 
@@ -1056,7 +1059,7 @@ class TestFind:
     ) -> None:
         monkeypatch.setattr(client, "PAGES_PER_SEARCH", 2)
         await created_ids(provider, 201)
-        other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
+        other = Sought(MODEL, {**INPUT, "seed": 8})
         error = await failure(provider.find(other, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
         assert double.ledger().requests["list"] == 2
@@ -1068,18 +1071,18 @@ class TestFind:
         ids = await created_ids(provider, 101)
         wanted = await provider.get(ids[0])
         double.push_fault("list", "status", status=500, times=2)
-        request = PredictionRequest(MODEL, wanted.input, 60)
-        assert wanted.id in [seen.id for seen in await provider.find(request, A_DAY_SECONDS)]
+        sought = Sought(MODEL, wanted.input)
+        assert wanted.id in [seen.id for seen in await provider.find(sought, A_DAY_SECONDS)]
         assert double.ledger().requests["list"] == 4
         double.push_fault("list", "status", status=429, times=1)
-        error = await failure(provider.find(request, A_DAY_SECONDS))
+        error = await failure(provider.find(sought, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.THROTTLED
 
     async def test_a_page_that_fails_proves_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         await created_ids(provider, 101)
-        other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
+        other = Sought(MODEL, {**INPUT, "seed": 8})
         double.push_fault("list", "delay", seconds=0)
         double.push_fault("list", "status", status=500)
         error = await failure(provider.find(other, A_DAY_SECONDS))
@@ -1091,22 +1094,22 @@ class TestFind:
     ) -> None:
         """After an hour Replicate forgets inputs: no list proves then that there is no match."""
         await provider.create(PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60))
-        assert await provider.find(REQUEST, A_DAY_SECONDS) == []
+        assert await provider.find(SOUGHT, A_DAY_SECONDS) == []
         double.configure(retention_seconds=0)
-        error = await failure(provider.find(REQUEST, A_DAY_SECONDS))
+        error = await failure(provider.find(SOUGHT, A_DAY_SECONDS))
         # It will never come back: asking again is of no use.
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "input_deleted")
-        elsewhere = PredictionRequest("acme/sculptor", INPUT, 60)
+        elsewhere = Sought("acme/sculptor", INPUT)
         assert await provider.find(elsewhere, A_DAY_SECONDS) == []
-        elsewhere = PredictionRequest("acme/sculptor", INPUT, 60, has_own_seed=True)
+        elsewhere = Sought("acme/sculptor", INPUT, has_own_seed=True)
         assert (await failure(provider.find(elsewhere, A_DAY_SECONDS))).code == "input_deleted"
 
     async def test_it_is_shown_under_whatever_name(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         created = await provider.create(REQUEST)
-        request = PredictionRequest("acme/sculptor", INPUT, 60)
-        assert [seen.id for seen in await provider.find(request, A_DAY_SECONDS)] == [created.id]
+        sought = Sought("acme/sculptor", INPUT)
+        assert [seen.id for seen in await provider.find(sought, A_DAY_SECONDS)] == [created.id]
 
     async def test_a_strange_entry_hides_no_other(
         self, to_host: ReplicateProvider, host: Host
@@ -1114,10 +1117,10 @@ class TestFind:
         good = {"id": "p1", "status": "starting", "model": MODEL, "input": INPUT}
         strange = [{"id": None, "status": "starting"}, {}, 7, None, {**good, "id": "a\x00b"}]
         host.reply = answer(json.dumps({"next": None, "results": [*strange, good]}).encode())
-        assert [seen.id for seen in await to_host.find(REQUEST, 60)] == ["p1"]
+        assert [seen.id for seen in await to_host.find(SOUGHT, 60)] == ["p1"]
         seen = await to_host.poll(["p1", "p2"])
         assert seen["p1"] is not None
-        other = PredictionRequest(MODEL, {**INPUT, "seed": 8}, 60)
+        other = Sought(MODEL, {**INPUT, "seed": 8})
         assert (await failure(to_host.find(other, 60))).failure_class is FailureClass.TRANSIENT
 
     async def test_the_token_follows_no_address_out_of_a_body(
@@ -1128,7 +1131,7 @@ class TestFind:
             return answer(json.dumps({"next": following, "results": []}).encode())
 
         host.reply = reply
-        assert await to_host.find(REQUEST, A_DAY_SECONDS) == []
+        assert await to_host.find(SOUGHT, A_DAY_SECONDS) == []
         assert host.heads[1].startswith("GET /v1/predictions?cursor=c2 ")
 
     @pytest.mark.parametrize("following", ["https://x/v1/predictions", "http://x:y/?c=1", "x", 7])
@@ -1136,7 +1139,7 @@ class TestFind:
         self, to_host: ReplicateProvider, host: Host, following: Any
     ) -> None:
         host.reply = answer(json.dumps({"next": following, "results": []}).encode())
-        error = await failure(to_host.find(REQUEST, A_DAY_SECONDS))
+        error = await failure(to_host.find(SOUGHT, A_DAY_SECONDS))
         assert error.failure_class is FailureClass.TRANSIENT
 
 
@@ -1463,7 +1466,7 @@ class TestGovernor:
             governor.told.clear()
             await provider.get(created.id)
             await provider.cancel(created.id)
-            await provider.find(REQUEST, A_DAY_SECONDS)
+            await provider.find(SOUGHT, A_DAY_SECONDS)
             await provider.input_schema(MODEL)
             with pytest.raises(PredictionNotFound):
                 await provider.get("nosuch")
@@ -1472,7 +1475,7 @@ class TestGovernor:
             double.push_fault("get", "drop")
             double.push_fault("list", "status", status=429, headers={"retry-after": "3"})
             await failure(provider.get(created.id))
-            await failure(provider.find(REQUEST, A_DAY_SECONDS))
+            await failure(provider.find(SOUGHT, A_DAY_SECONDS))
         assert governor.told == [
             ("admit", Call.OTHER),
             ("failed", Call.OTHER),

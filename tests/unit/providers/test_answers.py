@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.providers.base import Prediction, PredictionRequest, is_of, may_be, of_model
+from app.providers.base import Prediction, Sought
 from app.providers.replicate.answers import read_prediction
 
 BODY = {"id": "p1", "status": "succeeded"}
@@ -57,8 +57,8 @@ def test_metrics_that_are_none(metrics: Any) -> None:
 )
 def test_of_which_model(asked: str, model: str, version: str | None, is_it: bool) -> None:
     seen = Prediction("p1", "starting", model, {}, version=version)
-    assert of_model(seen, PredictionRequest(asked, {}, 60)) is is_it
-    assert of_model(seen, PredictionRequest(asked, {}, 60, has_own_seed=True))
+    assert Sought(asked, {}).is_of_model(seen) is is_it
+    assert Sought(asked, {}, has_own_seed=True).is_of_model(seen)
 
 
 FILE, ADDRESS = "data:image/png;base64,AA==", "https://replicate.delivery/x"
@@ -78,17 +78,16 @@ FILE, ADDRESS = "data:image/png;base64,AA==", "https://replicate.delivery/x"
 )
 def test_of_which_input(sent: dict[str, Any], shown: dict[str, Any], it_may_be: bool) -> None:
     seen = Prediction("p1", "starting", "a/b", shown)
-    request = PredictionRequest("a/b", sent, 60)
-    assert may_be(seen, request) is it_may_be
-    assert is_of(seen, request) is (sent == shown)
+    sought = Sought("a/b", sent)
+    assert sought.may_be(seen) is it_may_be
+    assert sought.is_surely(seen) is (sent == shown)
 
 
 @pytest.mark.parametrize(("name", "it_is"), [("n", True), ("prompt", False), ("seed", False)])
 def test_with_a_seed_of_its_own_the_rest_may_be_shown_otherwise(name: str, it_is: bool) -> None:
     sent = {"prompt": "p", "seed": 7, "n": 1}
     seen = Prediction("p1", "starting", "a/b", {**sent, name: "x", "more": 0})
-    request = PredictionRequest("a/b", sent, 60, has_own_seed=True)
-    assert may_be(seen, request) is it_is
+    assert Sought("a/b", sent, has_own_seed=True).may_be(seen) is it_is
 
 
 @pytest.mark.parametrize("given", [None, [1], "text", 5])

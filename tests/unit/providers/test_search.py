@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.errors import FailureClass, ProviderError
-from app.providers.base import Prediction, PredictionRequest
+from app.providers.base import Prediction, Sought
 from app.providers.replicate.search import Page, PredictionSearch
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -20,8 +20,8 @@ def prediction(name: str, *, age_seconds: float = 0, model_name: str = "a/b") ->
     return Prediction(name, "starting", model_name, {"prompt": name}, created_at=created_at)
 
 
-def request(name: str) -> PredictionRequest:
-    return PredictionRequest("a/b", {"prompt": name}, 60)
+def sought(name: str) -> Sought:
+    return Sought("a/b", {"prompt": name})
 
 
 class List:
@@ -44,7 +44,7 @@ class List:
             raise self.failure
 
     async def find(self, name: str, within_seconds: float = A_DAY) -> list[str]:
-        found = await self.search.find(request(name), within_seconds)
+        found = await self.search.find(sought(name), within_seconds)
         return [seen.id for seen in found]
 
 
