@@ -3,9 +3,8 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +14,7 @@ from uuid import UUID, uuid4
 import structlog
 
 from app.errors import FailureClass, ProviderError, StorageError
+from app.jobs.metadata import metadata_document, parameters_text
 from app.jobs.models import Attempt, Job, Output
 from app.media import sniff
 from app.media.arrival import Arrival
@@ -81,14 +81,14 @@ class OutputKeeper:
         `checkpoint` is awaited before each download and before each write that others could
         see, and may raise to stop. What has to be decoded is decoded inside a `decoding()`.
         Raises: ProviderError - PERMANENT for an output that can never be kept, TRANSIENT for
-        one worth another download; StorageError.
+        one worth another download; StorageError; DecoderFailed.
         """
         values = output_values(prediction.output)
         if not values:
             raise _refused("no_output", "The prediction succeeded without any output.")
         if len(values) > MAX_OUTPUTS:
             raise _refused("invalid_output", f"The prediction made more than {MAX_OUTPUTS} files.")
-        decode = partial(self._decode, decoding, _parameters_text(job, attempt))
+        decode = partial(self._decode, decoding, parameters_text(job, attempt))
         outputs = []
         for index, value in enumerate(values):
             keep = partial(self._keep_one, job.id, index, value, checkpoint, decode)
@@ -230,42 +230,6 @@ def output_name(job_id: UUID, index: int, media_type: str) -> str:
     return f"{job_id}{number}.{sniff.EXTENSIONS[media_type]}"
 
 
-def metadata_document(
-    job: Job, attempt: Attempt, prediction: Prediction, outputs: Sequence[Output]
-) -> dict[str, Any]:
-    """Return the stored JSON: what went in, as sent, and what was learned.
-
-    Every input parameter stands at the top level; the service's own names win over a parameter
-    of the same name, which is still found under `parameters`.
-    """
-    return {
-        **attempt.input,
-        "prompt": job.prompt,
-        "model_name": job.model_name,
-        "parameters": job.parameters,
-        "external_job_id": prediction.id,
-        "created_at": _iso(job.created_at),
-        "job_id": str(job.id),
-        "provider": attempt.provider,
-        "model_version": prediction.version or attempt.version,
-        "attempt": attempt.number,
-        "timings": {
-            "job_started_at": _iso(job.started_at),
-            "prediction_created_at": _iso(prediction.created_at),
-            "prediction_started_at": _iso(prediction.started_at),
-            "prediction_completed_at": _iso(prediction.completed_at),
-            "predict_time_seconds": prediction.predict_time_seconds,
-        },
-        "outputs": [output.model_dump(mode="json", exclude={"job_id"}) for output in outputs],
-    }
-
-
-def _parameters_text(job: Job, attempt: Attempt) -> str:
-    """Return what a PNG that we make says of itself: the input as sent, seed included."""
-    document = {**attempt.input, "prompt": job.prompt, "model_name": job.model_name}
-    return json.dumps(document, ensure_ascii=False)
-
-
 def _is_elsewhere(value: Any) -> bool:
     return is_address(value) and not value.startswith("data:")
 
@@ -315,10 +279,6 @@ def _write(path: Path, text: str) -> None:
 def _forget(path: Path) -> None:
     with suppress(OSError):  # a disk that is read-only by now, say; the sweep finds it later
         path.unlink()
-
-
-def _iso(at: datetime | None) -> str | None:
-    return at.isoformat().replace("+00:00", "Z") if at else None
 
 
 def _refused(code: str, message: str, *, may_pass: bool = False) -> ProviderError:
