@@ -209,7 +209,7 @@ _DESCRIPTIONS = {
     409: "The job's status does not allow this; `detail` names the status.",
     410: "The files were kept for as long as the settings say, and then deleted.",
     412: "The file is not the version that `If-Match` names.",
-    413: "The request body is larger than `MAX_BODY_BYTES`.",
+    413: "The request body is larger than `MAX_BODY_BYTES` (a report: than four times as much).",
     416: "The range lies outside the file; `Content-Range` tells its size.",
     422: "The request is not valid; `errors` tells what is wrong where.",
     500: "Something went wrong in the service.",

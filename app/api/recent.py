@@ -10,17 +10,20 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import structlog
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.middleware import request_id
+from app.api.middleware import ANSWER_SECONDS, request_id
+from app.api.problems import problem
+from app.errors import AnswerTooLate
 from app.jobs.models import Output
 
 # For so long a file may still be answered for after it was deleted.
 SECONDS = 5.0
 ENTRIES = 10_000
-# A file that was there a moment ago; the rest of the time is for whoever finds out why not.
-ANSWER_SECONDS = 1.0
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,19 @@ class AnswerRecent:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 response = await self._answer(Request(scope), file)
+        except TimeoutError:
+            # Nor further down: whoever finds it out there would wait as long once more.
+            return self._too_late(scope)
         except Exception:
-            return None  # it is for the layers further down to say what is wrong, and in time
+            return None  # it is for the layers further down to say what is wrong
         response.headers["X-Request-ID"] = request_id(scope)
         if services.settings.cors_origin_list:
             # Or a browser's cache would answer another origin's script with it.
             response.headers["Vary"] = "Origin"
         return response
+
+    def _too_late(self, scope: Scope) -> Response:
+        error = AnswerTooLate()
+        log.warning("answer_too_late", path=scope["path"])
+        scope.setdefault("state", {})["request_id"] = request_id(scope)
+        return problem(Request(scope), error.status_code, error.detail)

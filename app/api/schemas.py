@@ -101,11 +101,17 @@ class JobsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status_filter: JobStatus | None = Field(None, description="Only jobs of this status.")
-    limit: int = Field(20, ge=1, le=MAX_LIMIT, description="How many jobs a page has at most.")
+    limit: int = Field(
+        20,
+        ge=1,
+        le=MAX_LIMIT,
+        description="How many jobs a page has at most; fewer where they are megabytes.",
+    )
     offset: Annotated[int, AfterValidator(_offset)] = Field(
         0,
         ge=0,
-        description=f"How many jobs to skip, up to {MAX_OFFSET}; `cursor` goes beyond.",
+        description=f"How many jobs to skip, up to {MAX_OFFSET}: as many as were shown so far."
+        " `cursor` goes beyond.",
         json_schema_extra={"maximum": MAX_OFFSET},
     )
     cursor: str | None = Field(

@@ -143,7 +143,8 @@ class OutputKeeper:
                 media_type, picture = await decode(path, media_type)
             size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         except BadPicture as error:
-            raise _refused("invalid_output", str(error), may_pass=True) from error
+            message, may_pass = str(error), error.is_damaged
+            raise _refused("invalid_output", message, may_pass=may_pass) from error
         except TimeoutError as error:
             raise ProviderError(
                 FailureClass.TRANSIENT, "download_failed", "The download took too long."

@@ -70,8 +70,7 @@ class Recovery:
         self._sweep_seconds = sweep_seconds
         self._lost: set[Lease] = set()
         self._heard_at = clock.now()
-        # Were the database just back, the living would not have had the time to say so.
-        self._unheard_until = clock.now() + 2 * heartbeat_seconds
+        self._unheard_until = 0.0
         self.orphans = OrphanStopper(repository, provider)
         self.redelivery = Redelivery(repository, doorbell, runs, concurrency=concurrency)
         self.living_workers = 1

@@ -20,7 +20,7 @@ from app.storage.base import (
 BATCH = 500
 # Then the worker's other duties have their turn; the next round goes on.
 BATCHES_PER_ROUND = 10
-# Nobody takes this long for a batch: who has marked it is gone.
+# Hardly anybody takes this long for a batch: who has marked it is gone, or its storage fails.
 ABANDONED_SECONDS = 600.0
 DAY_SECONDS = 86_400.0
 

@@ -65,7 +65,7 @@ def _answer(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     except TooLargeToDecode as error:
         return {"too_large": error.size}
     except BadPicture as error:
-        return {"refused": str(error)}
+        return {"refused": None if error.is_damaged else str(error)}
     except OSError as error:
         return {"errno": error.errno, "strerror": error.strerror}
     except MemoryError:

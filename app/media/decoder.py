@@ -92,7 +92,7 @@ class Decoder:
         if is_last and status == OUT_OF_MEMORY:
             raise BadPicture("The picture takes too much memory to decode.")
         if is_last:
-            raise BadPicture
+            raise BadPicture("The picture cannot be decoded.")
         return {}
 
 

@@ -2,15 +2,19 @@
 
 
 class BadPicture(Exception):
-    """Not a whole picture that may be kept; the message is fit for the client."""
+    """Not a whole picture that may be kept; the message is fit for the client.
 
-    def __init__(self, message: str = "The picture is damaged.") -> None:
-        super().__init__(message)
+    Without one it is damaged, which another download of it may not be.
+    """
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or "The picture is damaged.")
+        self.is_damaged = message is None
 
 
 class TooLargeToDecode(BadPicture):
-    """Nothing is known to be wrong with it, but decoding takes more memory than it may."""
+    """Nothing is known to be wrong with it, but to decode it takes more than it may."""
 
     def __init__(self, width: int, height: int) -> None:
-        super().__init__("The picture takes too much memory to decode.")
+        super().__init__("The picture takes too much memory, or time, to decode.")
         self.size = width, height

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import mimetypes
+import os
 from collections.abc import AsyncIterator, Collection
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +78,7 @@ class S3Storage:
         """See `Storage.put`."""
         checked_key(key)
         try:
-            await asyncio.to_thread(path.touch)  # young enough to be left alone for a slow upload
+            await asyncio.to_thread(os.utime, path)  # young: left alone however slow the upload
             if (await asyncio.to_thread(path.stat)).st_size > PART_BYTES:
                 await self._put_in_parts(key, path, still_ours)
             else:

@@ -189,7 +189,8 @@ def _bounded(query: Select[Job]) -> Select[Job, int]:
     page = query.subquery()
     newest_first = page.c.created_at.desc(), page.c.id.desc()
     size_bytes = func.octet_length(cast(page.c.parameters, Text))
-    bytes_before = func.sum(size_bytes).over(order_by=newest_first) - size_bytes
+    above = func.sum(size_bytes).over(order_by=newest_first, rows=(None, -1))
+    bytes_before = func.coalesce(above, 0)
     sized = select(page, bytes_before.label("bytes_before"), func.count().over().label("rows"))
     found = sized.subquery()
     return (

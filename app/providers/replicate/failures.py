@@ -27,9 +27,6 @@ ACCOUNT_REFUSALS = {
 # The only failures that prove that a request was never sent.
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
-# The codes of failures that say nothing but that the provider is not well.
-NO_ANSWER = frozenset({"provider_unreachable", "provider_no_answer", "provider_error"})
-
 
 class CalledOff(Exception):
     """`may_send` said no, or could not say."""

@@ -143,7 +143,6 @@ class TestAskedAgain:
         assert (await client.get(url)).status_code == 200
         monkeypatch.setattr(services.storage, "load", silent)
         monkeypatch.setattr(recent, "ANSWER_SECONDS", 0.1)
-        monkeypatch.setattr("app.api.middleware.ANSWER_SECONDS", 0.1)
         problem_of(await client.get(url), 503)
 
     async def test_only_so_many_are_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
