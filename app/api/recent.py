@@ -78,22 +78,23 @@ class AnswerRecent:
         file = services.recent.get(scope["path"])
         if file is None or any(name == b"origin" for name, _ in scope["headers"]):
             return None
+        known_as = scope.setdefault("state", {})["request_id"] = request_id(scope)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 response = await self._answer(Request(scope), file)
         except TimeoutError:
-            # Nor further down: whoever finds it out there would wait as long once more.
-            return self._too_late(scope)
+            # Not further down: whoever finds it out there would wait as long once more.
+            response = _too_late(Request(scope))
         except Exception:
             return None  # it is for the layers further down to say what is wrong
-        response.headers["X-Request-ID"] = request_id(scope)
+        response.headers["X-Request-ID"] = known_as
         if services.settings.cors_origin_list:
             # Or a browser's cache would answer another origin's script with it.
             response.headers["Vary"] = "Origin"
         return response
 
-    def _too_late(self, scope: Scope) -> Response:
-        error = AnswerTooLate()
-        log.warning("answer_too_late", path=scope["path"])
-        scope.setdefault("state", {})["request_id"] = request_id(scope)
-        return problem(Request(scope), error.status_code, error.detail)
+
+def _too_late(request: Request) -> Response:
+    error = AnswerTooLate()
+    log.warning("answer_too_late", path=request.url.path)
+    return problem(request, error.status_code, error.detail)

@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,20 +137,14 @@ class OutputKeeper:
     ) -> Output:
         """Download one output to `path`, check it and make it what is kept; describe it."""
         try:
-            async with asyncio.timeout(self._deadline_seconds):
-                media_type, picture = await self._fetch(value, path)
+            media_type, picture = await self._fetch_in_time(value, path)
             if media_type in sniff.PICTURES and picture is None:
                 media_type, picture = await decode(path, media_type)
-            size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         except BadPicture as error:
             message, may_pass = str(error), error.is_damaged
             raise _refused("invalid_output", message, may_pass=may_pass) from error
-        except TimeoutError as error:
-            raise ProviderError(
-                FailureClass.TRANSIENT, "download_failed", "The download took too long."
-            ) from error
-        except OSError as error:
-            raise StorageError(f"cannot write the download: {error.strerror}") from error
+        with _on_our_disk():
+            size_bytes, sha256, seconds = await asyncio.to_thread(_measure, path, media_type)
         return Output(
             job_id=job_id,
             index=index,
@@ -163,6 +157,16 @@ class OutputKeeper:
             duration_seconds=seconds,
             content_policy_suspected=picture is not None and picture.is_one_colour,
         )
+
+    async def _fetch_in_time(self, value: Any, path: Path) -> tuple[str, PictureInfo | None]:
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                with _on_our_disk():
+                    return await self._fetch(value, path)
+        except TimeoutError as error:
+            raise ProviderError(
+                FailureClass.TRANSIENT, "download_failed", "The download took too long."
+            ) from error
 
     async def _fetch(self, value: Any, path: Path) -> tuple[str, PictureInfo | None]:
         """Write one output to `path`; return its media type and what a PNG, which is checked by
@@ -201,16 +205,18 @@ class OutputKeeper:
         One that is too large for the decoder stays what it is: it is paid for.
         """
         decoder = self._decoder
+        # `decoding` writes to the database: what fails there is not the disk.
         async with self._decodes, decoding():
-            try:
-                if self._store_original_format:
-                    return media_type, await asyncio.to_thread(decoder.verify, path)
-                return sniff.PNG, await asyncio.to_thread(decoder.make_png, path, parameters)
-            except TooLargeToDecode as too_large:
-                if not await asyncio.to_thread(is_whole, path, media_type):
-                    raise BadPicture from too_large
-                log.warning("picture_not_decoded", media_type=media_type, size=too_large.size)
-                return media_type, PictureInfo(too_large.size)
+            with _on_our_disk():
+                try:
+                    if self._store_original_format:
+                        return media_type, await asyncio.to_thread(decoder.verify, path)
+                    return sniff.PNG, await asyncio.to_thread(decoder.make_png, path, parameters)
+                except TooLargeToDecode as too_large:
+                    if not await asyncio.to_thread(is_whole, path, media_type):
+                        raise BadPicture from too_large
+                    log.warning("picture_not_decoded", media_type=media_type, size=too_large.size)
+                    return media_type, PictureInfo(too_large.size)
 
     async def _put_metadata(
         self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]
@@ -275,6 +281,14 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the metadata: {error.strerror}") from error
+
+
+@contextmanager
+def _on_our_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write the download: {error.strerror}") from error
 
 
 def _forget(path: Path) -> None:

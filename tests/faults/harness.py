@@ -142,7 +142,8 @@ class Process:
     def resume(self) -> None:
         """SIGCONT."""
         self.signal(signal.SIGCONT)
-        self.stops[-1] = Window(self.stops[-1].begin, time.time())
+        if self.stops and self.stops[-1].end == math.inf:
+            self.stops[-1] = Window(self.stops[-1].begin, time.time())
 
     def _stop(self) -> None:
         self.stops.append(Window(time.time(), math.inf))

@@ -150,7 +150,7 @@ def test_connections_that_break_in_the_middle(start_stack: StartStack, scenario:
             breaks += 1
         for proxy in stack.proxies.values():
             proxy.pass_on()
-        rest_seconds = stack.wait_until_done(90)
+        rest_seconds = stack.wait_until_done(120)
     assert len(stack.accepted) == jobs
     assert set(stack.counts()) == {"completed"}
     summary = check(stack, max_retries=12)

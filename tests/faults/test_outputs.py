@@ -170,7 +170,7 @@ def _watched_memory(worker: Process) -> Iterator[_Memory]:
         while not over.wait(0.02):
             growth_bytes = _resident_bytes(worker.pid) - before
             memory.growth_bytes = max(memory.growth_bytes, growth_bytes)
-            for child in _children(worker.pid):
+            for child in _decoders(worker.pid):
                 memory.decoder_bytes = max(memory.decoder_bytes, _resident_bytes(child))
 
     thread = threading.Thread(target=watch)
@@ -182,9 +182,13 @@ def _watched_memory(worker: Process) -> Iterator[_Memory]:
         thread.join()
 
 
-def _children(pid: int) -> list[int]:
+def _decoders(pid: int) -> list[int]:
+    """Return the children that are decoders by now: until then one shows its parent's memory."""
     lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in lists for child in _text(path).split()]
+    children = [int(child) for path in lists for child in _text(path).split()]
+    return [
+        child for child in children if "app.media.child" in _text(Path(f"/proc/{child}/cmdline"))
+    ]
 
 
 def _resident_bytes(pid: int) -> int:

@@ -12,8 +12,8 @@ from sqlalchemy import event
 
 from app.config import Settings
 from app.db import create_engine, create_sessions
-from app.jobs import repository, retry
-from app.jobs.repository import JobRepository
+from app.jobs import retry
+from app.jobs.repository import JobRepository, ledger, statements
 from scripts.servers import Postgres
 from tests.faults import machine
 from tests.faults.harness import FULL
@@ -41,8 +41,8 @@ REACHED = {
 @pytest.fixture
 def world(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """One loop, one connection pool, and the machine's own time."""
-    monkeypatch.setattr(repository, "SUBMIT_WINDOW_SECONDS", machine.SUBMIT_WINDOW)
-    monkeypatch.setattr(repository, "STOP_AGAIN_SECONDS", 0)
+    monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", machine.SUBMIT_WINDOW)
+    monkeypatch.setattr(ledger, "STOP_AGAIN_SECONDS", 0)
     monkeypatch.setattr(retry, "INTERNAL_DELAY_SECONDS", machine.INTERNAL_DELAY)
     if not postgres.is_running():
         postgres.start()

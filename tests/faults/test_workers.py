@@ -237,14 +237,15 @@ def keep_workers(stack: Stack, count: int, seconds: float) -> int:
 @full_only
 def test_f34_many_sweepers_paused_and_killed(start_stack: StartStack, scenario: Scenario) -> None:
     """500 jobs on 5 workers (each sweeps), paused and killed at random: no living owner robbed."""
-    stack = start_stack(workers=5)
+    # A lease that a starved worker can keep: every restart takes seconds of both processors.
+    stack = start_stack(workers=5, WORKER_LEASE_SECONDS="8")
     stack.replicate.configure(latency_seconds=3)
     stack.post(500)
     kills = Kills(stack)
     for _ in range(12):
         victim, other = stack.random.sample(stack.living_workers, 2)
         victim.pause()
-        time.sleep(stack.random.uniform(0.5, 7))
+        time.sleep(stack.random.uniform(0.5, 12))
         kills.kill(other)
         victim.resume()
     rest_seconds = stack.wait_until_done(60)

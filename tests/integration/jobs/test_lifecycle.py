@@ -147,6 +147,7 @@ async def watching(parts: Parts) -> AsyncIterator[None]:
 @pytest.fixture(autouse=True)
 def _no_pause_for_own_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.jobs.retry.INTERNAL_DELAY_SECONDS", 0)
+    monkeypatch.setattr("app.jobs.outputs.DOUBTS_SECONDS", (0.0, 0.0))
 
 
 class TestOutcomes:
@@ -270,13 +271,7 @@ class TestFailures:
         [
             ({"kind": "fail"}, "failed", "transient", "yes", True),
             ({"kind": "fail", "error": "NSFW"}, "failed", "permanent", "yes", True),
-            (
-                {"kind": "status_sequence", "sequence": [[0.1, "aborted"]]},
-                "aborted",
-                "transient",
-                "no",
-                False,
-            ),
+            (ABORTED, "aborted", "transient", "no", False),
             ({"kind": "status", "status": 422}, "invalid_input", "permanent", "no", False),
             ({"kind": "status", "status": 429}, "provider_throttled", "throttled", "no", False),
         ],
@@ -868,7 +863,7 @@ class TestCrashCount:
         job_id = await parts.add(output_format="webp")
         with monkeypatch.context() as patch:
             patch.setattr(parts.repository, "begin_decoding", unheard)
-            assert (await parts.run(job_id)).outcome is Outcome.RETRY
+            assert await parts.run(job_id) == RunResult(Outcome.RETRY, "internal_error", 0)
         assert (await parts.job(job_id)).crash_count == 0
         assert await parts.run_to_the_end(job_id) == ["completed"]
 

@@ -121,7 +121,7 @@ async def worker(
     provider = ReplicateProvider(
         replicate.token,
         replicate.origin,
-        timeout_seconds=2,
+        timeout_seconds=20,
         prefer_wait_seconds=0,
         governor=Ungoverned(),
     )
