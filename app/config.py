@@ -224,8 +224,9 @@ class Settings(BaseSettings):
     def metadata_directory(self) -> Path:
         """The folder `metadata` below a `file://` `STORAGE_URL`; or else `METADATA_PATH`, or
         else `metadata` beside `STORAGE_PATH`."""
-        folder = self._storage_folder or self.storage_path.parent
-        return (not self._storage_folder and self.metadata_path) or folder / "metadata"
+        if self._storage_folder:
+            return self._storage_folder / "metadata"
+        return self.metadata_path or self.storage_path.parent / "metadata"
 
     @property
     def _storage_folder(self) -> Path | None:

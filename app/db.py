@@ -48,7 +48,8 @@ def create_engine(
 def create_sessions(engine: AsyncEngine) -> Sessions:
     """Make the factory of short sessions; loaded rows stay readable after the commit.
 
-    None holds rows that one of its own UPDATEs changes: looking for them takes a tenth of the time.
+    No session holds rows that its own UPDATE changes, so none need look for them: a tenth of its
+    time.
     """
     options = {"synchronize_session": False}
     return async_sessionmaker(engine, expire_on_commit=False, execution_options=options)

@@ -145,7 +145,7 @@ def _api(environment: dict[str, str], port: int, folder: Path) -> Iterator[int]:
 def _measure(servers: list[Server], requests: int, rounds: int) -> dict[str, list[tuple[int, int]]]:
     """Return, by server, (ns of its CPU, ns of PostgreSQL's) per request of each round."""
     for server in servers:
-        _load(server, requests // 3)  # connections, caches, the JIT of nothing: a fair start
+        _load(server, requests // 3)  # connections and caches: a fair start
     measured: dict[str, list[tuple[int, int]]] = {server.name: [] for server in servers}
     for _ in range(rounds):
         for server in servers:

@@ -22,9 +22,10 @@ class SingleFlight(Generic[Key, Result]):
         self._ended: deque[Key] = deque()
 
     async def do(self, key: Key, run: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """Return what `run()` returns, or the run that has begun; whoever leaves does not stop it.
+        """Join the run that is under way for this key, or start one; return what it returns.
 
-        Raises whatever it raises; then the next call runs anew.
+        A caller that is cancelled does not stop it. Raises whatever it raises; then the next call
+        runs anew.
         """
         task = self._tasks.get(key)
         if task is None:

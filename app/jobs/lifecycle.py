@@ -183,6 +183,10 @@ class Lifecycle:
         return RunResult(Outcome.COMPLETED)
 
     async def _advance(self, claim: Claim, turn: AsyncExitStack) -> None:
+        """Make or find the prediction, wait for its end, store what it made.
+
+        The turn is given back as soon as nothing more will be created.
+        """
         if claim.attempt is not None:
             await turn.aclose()
         attempt, prediction = await self._prediction(claim)
@@ -206,6 +210,7 @@ class Lifecycle:
         await self._store(claim, attempt, prediction)
 
     async def _prediction(self, claim: Claim) -> tuple[Attempt, Prediction]:
+        """Return the job's open attempt and its prediction: see the table above."""
         attempt = claim.attempt
         if attempt is None:
             return await self._submit(claim)
