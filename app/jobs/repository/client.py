@@ -3,10 +3,23 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, Text, and_, cast, func, insert, select, update
+from sqlalchemy import (
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    and_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
@@ -90,15 +103,14 @@ class ClientSide(Repository):
         `before` is the last (created_at, id) seen. A page is shorter than `limit` where its
         parameters would be more than `PAGE_BYTES`: each job may have a megabyte of them.
         """
-        query = select(Job).order_by(jobs.created_at.desc(), jobs.id.desc())
+        given: dict[str, Any] = {"limit": limit + 1, "offset": offset, "bytes": PAGE_BYTES}
         if status is not None:
-            query = query.where(jobs.status == status)
+            given["status"] = status
         if before is not None:
-            key = func.row(jobs.created_at, jobs.id)
-            query = query.where(key < func.row(*before))
-        bounded = _bounded(query.limit(limit + 1).offset(offset))
+            given["created_at"], given["id"] = before
+        query = _page_query(of_status=status is not None, before=before is not None)
         async with self._statements() as session:
-            rows = (await session.execute(bounded)).all()
+            rows = (await session.execute(query, given)).all()
         shown = [job for job, _ in rows[:limit]]
         return shown, bool(rows) and rows[0][1] > len(shown)
 
@@ -184,8 +196,21 @@ class ClientSide(Repository):
         return by_status[status] if status else sum(by_status.values())
 
 
+@cache
+def _page_query(*, of_status: bool, before: bool) -> Select[Job, int]:
+    """Return a page's query, made once: to make it would take longer than to run it."""
+    query = select(Job).order_by(jobs.created_at.desc(), jobs.id.desc())
+    if of_status:
+        query = query.where(jobs.status == bindparam("status"))
+    if before:
+        given = bindparam("created_at", type_=jobs.created_at.type), bindparam("id", type_=Uuid)
+        query = query.where(func.row(jobs.created_at, jobs.id) < func.row(*given))
+    limit, offset = (bindparam(name, type_=Integer) for name in ("limit", "offset"))
+    return _bounded(query.limit(limit).offset(offset))
+
+
 def _bounded(query: Select[Job]) -> Select[Job, int]:
-    """Leave out what is behind `PAGE_BYTES` of parameters, and count the rows of all."""
+    """Leave out what is behind so many bytes of parameters, and count the rows of all."""
     page = query.subquery()
     newest_first = page.c.created_at.desc(), page.c.id.desc()
     size_bytes = func.octet_length(cast(page.c.parameters, Text))
@@ -195,7 +220,7 @@ def _bounded(query: Select[Job]) -> Select[Job, int]:
     found = sized.subquery()
     return (
         select(aliased(Job, found), found.c.rows)
-        .where(found.c.bytes_before < PAGE_BYTES)
+        .where(found.c.bytes_before < bindparam("bytes", type_=Integer))
         .order_by(found.c.created_at.desc(), found.c.id.desc())
     )
 
