@@ -123,7 +123,7 @@ def _start(stack: ExitStack, settings: Settings) -> Running:
     stack.callback(_stop, running.programs)
     web = ("--host", HOST, "--port", str(settings.api_port), "--timeout-graceful-shutdown", "3")
     _launch(running, "API", "uvicorn", "app.main:app", *web)
-    _launch(running, "worker", *CELERY, "worker", "--loglevel=info")
+    _launch(running, "worker", *CELERY, "worker")
     return running
 
 

@@ -202,10 +202,10 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _DESCRIPTIONS = {
-    403: "A browser's page of an origin that is not one of `CORS_ORIGINS` has sent this.",
-    408: "The rest of the request's body did not come in time.",
     401: "The signature is missing, wrong or too old, or meant for another address.",
+    403: "A browser's page of an origin that is not one of `CORS_ORIGINS` has sent this.",
     404: "No such job, or it has no such file.",
+    408: "The rest of the request's body did not come in time.",
     409: "The job's status does not allow this; `detail` names the status.",
     410: "The files were kept for as long as the settings say, and then deleted.",
     412: "The file is not the version that `If-Match` names.",

@@ -66,7 +66,7 @@ class Service:
     def start_worker(self) -> subprocess.Popen[bytes]:
         """Start a worker; it is ready when its heartbeat shows."""
         before = self._workers()
-        process = self.run("celery", "-A", "app.tasks.celery_app", "worker", "--loglevel=info")
+        process = self.run("celery", "-A", "app.tasks.celery_app", "worker")
         wait_for(lambda: self._workers() > before or before > 0, "the worker")
         return process
 

@@ -295,7 +295,7 @@ class Stack:
     ) -> Process:
         commands = {
             "api": ["uvicorn", "app.main:app", "--port", str(port), "--no-access-log"],
-            "worker": ["celery", "-A", "app.tasks.celery_app", "worker", "--loglevel=info"],
+            "worker": ["celery", "-A", "app.tasks.celery_app", "worker"],
         }
         name, *arguments = commands[role]
         environment = {**self.environment(role), **settings}
