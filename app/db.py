@@ -32,7 +32,6 @@ def create_engine(
         pool_size=pool_size or settings.database_pool_size,
         max_overflow=0,
         pool_timeout=pool_timeout_seconds,
-        pool_recycle=1800,
         hide_parameters=True,  # an error's text ends in a log, and prompts do not belong there
         connect_args={
             "timeout": 3,

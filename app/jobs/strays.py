@@ -10,7 +10,7 @@ from app.errors import StorageError
 from app.jobs.repository import JobRepository
 from app.storage.base import Storage, StoredFile, job_id_of
 
-BATCH = 500
+BATCH = 100
 
 log = structlog.get_logger(__name__)
 

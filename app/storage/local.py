@@ -24,8 +24,8 @@ from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key
 # Hidden, in each folder that may be on a file system of its own: for files that are being made.
 INCOMING = ".incoming"
 CHUNK_BYTES = 1 << 20
-# Names that one hop to a thread brings.
-LISTED_AT_ONCE = 1000
+# Names that one hop to a thread brings: few, for what is held at once a process does not give back.
+LISTED_AT_ONCE = 100
 # Read now, in the thread, so that the event loop never waits for the disk (where the flag exists).
 MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 # What file systems without hard links say to `link`.
