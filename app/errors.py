@@ -104,12 +104,12 @@ class AnswerTooLate(ServiceUnavailable):
 class FailureClass(StrEnum):
     """What a failure means for the job; `app.jobs.retry` turns it into a decision."""
 
-    TRANSIENT = "transient"  # proven not to have produced anything: counts an attempt, backs off
-    THROTTLED = "throttled"  # refused for its rate: wait as asked, not an attempt
-    UNAVAILABLE = "unavailable"  # nothing was sent: an outage may last, not an attempt, backs off
+    TRANSIENT = "transient"  # worth another try: a retry is counted where the attempt ends by it
+    THROTTLED = "throttled"  # refused for its rate: wait as asked, no retry is counted
+    UNAVAILABLE = "unavailable"  # nothing was sent: an outage may last, no retry is counted
     AMBIGUOUS = "ambiguous"  # may have been accepted and paid: reconcile before anything else
     PERMANENT = "permanent"  # would fail again: invalid input, moderation, auth, credit
-    INTERNAL = "internal"  # our own disk or database: try again, not an attempt
+    INTERNAL = "internal"  # our own disk or database, or the attempt goes on: no retry is counted
 
 
 class ProviderError(Exception):

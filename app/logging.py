@@ -19,6 +19,7 @@ QUIET = (
     "celery.worker.strategy",
     "celery.app.trace",
 )
+LOGGED_ID_CHARS = 32
 
 
 def configure_logging(level: str) -> None:
@@ -30,6 +31,7 @@ def configure_logging(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.PositionalArgumentsFormatter(),
         _drop_color_message,
+        _shorten_prediction_ids,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -84,4 +86,11 @@ def _shorten_exceptions(_: Any, __: str, event_dict: EventDict) -> EventDict:
 def _drop_color_message(_: Any, __: str, event_dict: EventDict) -> EventDict:
     """Drop uvicorn's second copy of each message, made for terminals."""
     event_dict.pop("color_message", None)
+    return event_dict
+
+
+def _shorten_prediction_ids(_: Any, __: str, event_dict: EventDict) -> EventDict:
+    """Replicate's have 26 characters; the mock's are long, because they carry the prompt."""
+    if isinstance(event_dict.get("prediction_id"), str):
+        event_dict["prediction_id"] = event_dict["prediction_id"][:LOGGED_ID_CHARS]
     return event_dict

@@ -14,8 +14,8 @@ from app.api.deps import Ring, open_services
 from app.api.middleware import (
     AnswersInTime,
     ClearStart,
+    CrossOriginProtection,
     JsonBodies,
-    OwnPagesOnly,
     RequestContext,
 )
 from app.api.problems import UnexpectedErrors, describe_problems, install_problem_handlers
@@ -76,7 +76,7 @@ def create_app(
         license_info={"name": "MIT", "identifier": "MIT"},
         lifespan=lifespan,
         middleware=_middleware(settings),
-        strict_content_type=False,  # for `curl -d`; see `OwnPagesOnly`
+        strict_content_type=False,  # for `curl -d`; see `CrossOriginProtection`
         redirect_slashes=False,  # to an address made of what the client says that our name is
     )
     install_problem_handlers(app)
@@ -101,7 +101,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         *([cors] if settings.cors_origin_list else []),
         Middleware(UnexpectedErrors),
         Middleware(AnswersInTime),
-        Middleware(OwnPagesOnly, allowed_origins=settings.cors_origin_list),
+        Middleware(CrossOriginProtection, allowed_origins=settings.cors_origin_list),
         Middleware(JsonBodies, max_bytes=settings.max_body_bytes),
     ]
 

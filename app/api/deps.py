@@ -9,20 +9,21 @@ from uuid import UUID
 from fastapi import Depends, Request
 from redis.asyncio import Redis
 
+from app.api.dispatcher import Dispatcher
 from app.api.recent import RecentFiles
 from app.api.singleflight import SingleFlight
 from app.api.thumbnails import Thumbnails
 from app.config import Settings
 from app.db import create_engine, create_sessions
-from app.errors import StorageError
+from app.errors import JobNotFound, JobNotReady, StorageError
+from app.jobs.models import Job, JobStatus
 from app.jobs.parameters import ParameterChecker
 from app.jobs.repository import JobRepository
 from app.providers.base import Provider
-from app.providers.webhooks import WebhookVerifier
+from app.providers.replicate.webhooks import WebhookVerifier
 from app.redis import create_redis
 from app.storage import create_storage
 from app.storage.base import Storage
-from app.tasks.dispatcher import Dispatcher
 
 Ring = Callable[[Sequence[UUID]], None]
 
@@ -59,6 +60,21 @@ async def get_services(request: Request) -> Services:
 
 
 App = Annotated[Services, Depends(get_services)]
+
+
+async def find_job(app: Services, job_id: UUID) -> Job:
+    """Return the job that a client names. Raises: JobNotFound."""
+    job = await app.repository.get(job_id)
+    if job is None:
+        raise JobNotFound("There is no such job.")
+    return job
+
+
+async def check_completed(app: Services, job_id: UUID) -> None:
+    """Return only if the job has files. Raises: JobNotFound, JobNotReady."""
+    job = await find_job(app, job_id)
+    if job.status is not JobStatus.COMPLETED:
+        raise JobNotReady(f"The job is {job.status}: it has no files.")
 
 
 @asynccontextmanager

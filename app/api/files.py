@@ -15,8 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from app.api.conditions import RangeNotSatisfiable, is_match, none_match, single_range
-from app.api.deps import App, Services
-from app.api.jobs import check_completed
+from app.api.deps import App, Services, check_completed
 from app.api.problems import problem_responses
 from app.api.recent import KnownFile
 from app.config import Settings

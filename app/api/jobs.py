@@ -9,14 +9,14 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api.cursors import decode_cursor, encode_cursor
-from app.api.deps import App, Services
+from app.api.deps import App, Services, check_completed, find_job
 from app.api.problems import problem_responses
 from app.api.schemas import AttemptView, JobsQuery, JobView
-from app.errors import FileDeleted, InvalidInput, JobNotFound, JobNotReady
+from app.errors import FileDeleted, InvalidInput, JobNotFound
 from app.jobs.cancellation import cancel_job
 from app.jobs.models import DeletionKind, Job, JobStatus
 from app.storage.base import metadata_key
-from app.tasks.wakeups import CANCELLED, wake
+from app.wakeups import CANCELLED, wake
 
 router = APIRouter(prefix="/api/v1", tags=["jobs"])
 
@@ -35,10 +35,7 @@ LIST_HEADERS = {
 @router.get("/status/{job_id}", summary="Read a job", responses=problem_responses(404, 422, 503))
 async def status(job_id: UUID, app: App) -> JobView:
     """Return the job with its results, its last error and its next attempt."""
-    job = await app.repository.get(job_id)
-    if job is None:
-        raise JobNotFound("There is no such job.")
-    return (await _views(app, [job]))[0]
+    return (await _views(app, [await find_job(app, job_id)]))[0]
 
 
 @router.get(
@@ -87,15 +84,6 @@ async def metadata(job_id: UUID, app: App) -> Response:
     return Response(b"".join(chunks), media_type="application/json")
 
 
-async def check_completed(app: Services, job_id: UUID) -> None:
-    """Return only if the job has files. Raises: JobNotFound, JobNotReady."""
-    job = await app.repository.get(job_id)
-    if job is None:
-        raise JobNotFound("There is no such job.")
-    if job.status is not JobStatus.COMPLETED:
-        raise JobNotReady(f"The job is {job.status}: it has no files.")
-
-
 @router.get(
     "/jobs/{job_id}/attempts",
     summary="Read what was asked of the provider",
@@ -103,8 +91,7 @@ async def check_completed(app: Services, job_id: UUID) -> None:
 )
 async def attempts(job_id: UUID, app: App) -> list[AttemptView]:
     """Return every create call made for the job, in order: the ledger of what may be billed."""
-    if await app.repository.get(job_id) is None:
-        raise JobNotFound("There is no such job.")
+    await find_job(app, job_id)
     return [AttemptView.model_validate(row) for row in await app.repository.attempts(job_id)]
 
 

@@ -119,7 +119,7 @@ def _is_form_label(name: bytes, value: bytes) -> bool:
     return name == b"content-type" and value.startswith(b"application/x-www-form-urlencoded")
 
 
-class OwnPagesOnly:
+class CrossOriginProtection:
     """Refuses (403) what changes something and is sent by a page of a stranger's.
 
     A browser sends a form, or text that is JSON, to any address that it can reach, also on the

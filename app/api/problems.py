@@ -117,12 +117,13 @@ class UnexpectedErrors:
         except ClientDisconnect:
             return  # nobody waits for an answer; the request's line in the log has no status
         except Exception as error:
-            response = _unexpected(Request(scope), error)
+            response = problem_for(Request(scope), error)
             if not started:
                 await response(scope, receive, send)
 
 
-def _unexpected(request: Request, error: Exception) -> Response:
+def problem_for(request: Request, error: Exception) -> Response:
+    """Make the answer to an error that no handler knows, and log it; nothing inner is shown."""
     if is_database_away(error):
         log.warning("database_away", error=type(error).__name__)
         return problem(request, 503, _DATABASE_AWAY)

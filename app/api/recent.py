@@ -10,20 +10,17 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import structlog
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.middleware import ANSWER_SECONDS, request_id
-from app.api.problems import problem
+from app.api.problems import problem_for
 from app.errors import AnswerTooLate
 from app.jobs.models import Output
 
 # For so long a file may still be answered for after it was deleted.
 SECONDS = 5.0
 ENTRIES = 10_000
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class AnswerRecent:
                 response = await self._answer(Request(scope), file)
         except TimeoutError:
             # Not further down: whoever finds it out there would wait as long once more.
-            response = _too_late(Request(scope))
+            response = problem_for(Request(scope), AnswerTooLate())
         except Exception:
             return None  # it is for the layers further down to say what is wrong
         response.headers["X-Request-ID"] = known_as
@@ -92,9 +89,3 @@ class AnswerRecent:
             # Or a browser's cache would answer another origin's script with it.
             response.headers["Vary"] = "Origin"
         return response
-
-
-def _too_late(request: Request) -> Response:
-    error = AnswerTooLate()
-    log.warning("answer_too_late", path=request.url.path)
-    return problem(request, error.status_code, error.detail)

@@ -197,8 +197,13 @@ class JobView(BaseModel):
     updated_at: datetime
     started_at: datetime | None
     completed_at: datetime | None = Field(description="When it ended, in whichever way.")
-    retry_count: int = Field(description="Attempts after the first one.")
-    next_attempt_at: datetime | None = Field(description="When the due retry comes.")
+    retry_count: int = Field(
+        description="Retries counted against `MAX_RETRY_ATTEMPTS`; to wait for the provider's rate,"
+        " or for the end of an outage, costs none."
+    )
+    next_attempt_at: datetime | None = Field(
+        description="When the job is tried again; null unless it waits for that."
+    )
     error_code: str | None = Field(
         description="Why it failed, or why its last try did not get on: docs/errors.md tells what"
         " each code means, and whether anything was paid."

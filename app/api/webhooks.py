@@ -1,7 +1,6 @@
 """POST /api/v1/webhooks/replicate/{attempt_id}: the provider rings when a prediction moves."""
 
 import json
-from contextlib import suppress
 from uuid import UUID
 
 import structlog
@@ -9,12 +8,11 @@ from fastapi import APIRouter, Request
 
 from app.api.deps import App, Services
 from app.api.problems import problem_responses
-from app.errors import InvalidInput, JobNotFound, ProviderError, ServiceUnavailable, Unauthorized
-from app.jobs.models import Attempt, AttemptState
-from app.jobs.reconcile import sought_by
+from app.errors import InvalidInput, ProviderError, ServiceUnavailable, Unauthorized
+from app.jobs.reports import take_report
 from app.providers.base import Prediction
 from app.providers.replicate.answers import read_prediction
-from app.tasks.wakeups import wake
+from app.wakeups import wake
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"])
 
@@ -40,35 +38,8 @@ async def replicate(attempt_id: UUID, request: Request, app: App) -> None:
 
 
 async def _take(app: Services, attempt_id: UUID, prediction: Prediction) -> None:
-    attempt = await app.repository.attempt(attempt_id)
-    if attempt is None:
-        raise JobNotFound("There is no such attempt.")
-    if not await _speaks_of(app, attempt, prediction):
-        log.warning("webhook_misdirected", attempt_id=str(attempt_id))
-        raise Unauthorized("This report is about another attempt's prediction.")
-    if attempt.prediction_id is None:
-        await _adopt(app, attempt, prediction)
+    await take_report(app.repository, app.provider, attempt_id, prediction)
     await wake(app.redis, prediction.id)
-
-
-async def _adopt(app: Services, attempt: Attempt, prediction: Prediction) -> None:
-    if await app.repository.adopt(attempt.id, prediction):
-        return
-    if not await app.repository.is_known(attempt.provider, prediction.id):
-        # It was called absent, and the job has another by now. The last report comes again, and
-        # can be written down once the job is over.
-        log.error("prediction_unwanted", job_id=str(attempt.job_id), attempt_id=str(attempt.id))
-        await _stop_unless_wanted(app, attempt, prediction)
-        raise ServiceUnavailable("Another prediction of this job is under way.")
-
-
-async def _stop_unless_wanted(app: Services, attempt: Attempt, prediction: Prediction) -> None:
-    """Cancel it if the job's open attempt has one of its own: else it may find this one yet."""
-    others = await app.repository.attempts(attempt.job_id)
-    has_its_own = any(other.state == AttemptState.SUBMITTED for other in others)
-    if has_its_own and not prediction.is_terminal:
-        with suppress(ProviderError):  # `Cancel-After` bounds what it costs
-            await app.provider.cancel(prediction.id)
 
 
 async def _verify(app: Services, attempt_id: UUID, body: bytes, request: Request) -> None:
@@ -84,13 +55,5 @@ async def _verify(app: Services, attempt_id: UUID, body: bytes, request: Request
 def _prediction(body: bytes) -> Prediction:
     try:
         return read_prediction(json.loads(body))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise InvalidInput("The report is not a prediction.") from error
-
-
-async def _speaks_of(app: Services, attempt: Attempt, prediction: Prediction) -> bool:
-    """The signature covers the body, not the address: the two must belong together."""
-    if attempt.prediction_id is not None:
-        return attempt.prediction_id == prediction.id
-    job = await app.repository.get(attempt.job_id)
-    return sought_by(attempt, job.parameters.get("seed") if job else None).may_be(prediction)

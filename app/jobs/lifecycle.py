@@ -26,24 +26,24 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import clock
 from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
+from app.jobs.backpressure import Backpressure
 from app.jobs.models import Attempt, Job, JobPhase
 from app.jobs.outputs import OutputKeeper
-from app.jobs.reconcile import ReconcilePolicy, Reconciler
+from app.jobs.reconcile import ReconcilePolicy, Reconciler, known_prediction
 from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Lease
 from app.jobs.retry import Retry, RetryPolicy, decide
 from app.jobs.settlement import AttemptEnded, Settlement, settled
-from app.jobs.shelf import Shelf
 from app.jobs.watch import PredictionWatcher
-from app.providers.base import LOGGED_ID_CHARS, Prediction, PredictionRequest, Provider
+from app.providers.base import Prediction, PredictionRequest, Provider
 from app.providers.outcome import raise_for_outcome
 
 # Jobs that are being begun at once in this process, from the claim until the answer to the create
 # is kept; the others wait for their turn unclaimed. So a flood of new jobs can not get in the way
-# of those that are paid for. As many as may be held open by `Prefer: wait`: at five seconds each,
-# a dozen creates a second.
+# of those that are paid for. As many as the Replicate adapter holds open by `Prefer: wait`
+# (`HELD_WAITS`): at five seconds each, a dozen creates a second.
 BEGUN_AT_ONCE = 64
-# Drawn below the first limit that the model takes. From fewer than these it would not be
-# unmistakable: a model that takes only smaller ones draws its own.
+# A seed is drawn below the first limit that the model takes. Fewer than 2**16 would not tell two
+# creates apart: a model that takes only smaller ones is left to draw its own.
 SEED_LIMITS = (2**31, 2**16)
 CREATE_GRACE_SECONDS = 2.0
 # For a database that is away just when something must be written down.
@@ -51,7 +51,7 @@ RECORD_SECONDS = 30.0
 RECORD_PAUSE_SECONDS = 1.0
 
 
-class RunWatch(Protocol):
+class RunObserver(Protocol):
     """Whoever started a run, and wants to know how far it is."""
 
     def begins(self) -> None:
@@ -128,10 +128,10 @@ class Lifecycle:
         self._policy = policy
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
-        self._shelf = Shelf()
+        self._backpressure = Backpressure()
 
     async def run(
-        self, job_id: UUID, worker_id: UUID, watch: RunWatch, *, at_once: bool = False
+        self, job_id: UUID, worker_id: UUID, observer: RunObserver, *, at_once: bool = False
     ) -> RunResult:
         """Claim the job and bring it as far as it goes; `at_once` if it has begun before.
 
@@ -141,12 +141,12 @@ class Lifecycle:
         async with AsyncExitStack() as turn:
             if not at_once:
                 await turn.enter_async_context(self._turns)
-                await self._shelf.wait_for_room()
-            watch.begins()
+                await self._backpressure.wait_for_room()
+            observer.begins()
             claim = await self._claim(job_id, worker_id, at_once=at_once)
             if claim is None:
                 return RunResult(Outcome.SKIPPED)
-            watch.owns(claim.lease)
+            observer.owns(claim.lease)
             with structlog.contextvars.bound_contextvars(
                 job_id=str(job_id),
                 attempt=claim.attempt.number if claim.attempt else None,
@@ -196,15 +196,11 @@ class Lifecycle:
             # One that is lost or can not be ended fails the job, but does not close the attempt:
             # the sweep goes on stopping it.
             prediction = await self._watcher.wait(prediction.id)
-        with self._shelf.holding(claim.job.id):
+        with self._backpressure.storing(claim.job.id):
             await self._finish(claim, attempt, prediction)
 
     async def _finish(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
-        log.info(
-            "prediction_ended",
-            prediction_id=prediction.id[:LOGGED_ID_CHARS],
-            status=prediction.status,
-        )
+        log.info("prediction_ended", prediction_id=prediction.id, status=prediction.status)
         with _ending(attempt, prediction):
             raise_for_outcome(prediction)
         await self._store(claim, attempt, prediction)
@@ -214,11 +210,9 @@ class Lifecycle:
         attempt = claim.attempt
         if attempt is None:
             return await self._submit(claim)
-        if attempt.prediction_id is None:
-            return attempt, await self._reconciler.resolve(claim, attempt)
-        # However it stands by now: one page of the list tells of a hundred that are resumed.
-        known = Prediction(attempt.prediction_id, "starting", attempt.model_name, attempt.input)
-        return attempt, known
+        # Not asked about one by one: a page of the list tells of a hundred that are resumed.
+        known = known_prediction(attempt)
+        return attempt, known or await self._reconciler.resolve(claim, attempt)
 
     # --- submit ------------------------------------------------------------------------------
 
@@ -231,11 +225,7 @@ class Lifecycle:
         structlog.contextvars.bind_contextvars(attempt=attempt.number)
         creating = self._create(claim.lease, attempt, request, intended_at)
         prediction = await _uninterrupted(creating)
-        log.info(
-            "prediction_created",
-            prediction_id=prediction.id[:LOGGED_ID_CHARS],
-            status=prediction.status,
-        )
+        log.info("prediction_created", prediction_id=prediction.id, status=prediction.status)
         return attempt, prediction
 
     async def _create(
@@ -284,7 +274,7 @@ class Lifecycle:
         await self._repository.adopt(attempt.id, prediction)
         if await self._repository.is_known(self._provider.name, prediction.id):
             return
-        log.error("prediction_unwanted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
+        log.error("prediction_unwanted", prediction_id=prediction.id)
         with suppress(ProviderError):  # `Cancel-After` bounds what it costs
             await self._provider.cancel(prediction.id)
 
@@ -436,9 +426,9 @@ def _ending(
 
 
 def _phase_to_keep(claim: Claim, error: ProviderError) -> JobPhase | None:
-    """Say to whoever is next whether a create may still be under way, or too young to be listed.
+    """Keep the phase of an attempt without an id: the next owner outwaits a create under way.
 
-    It is not, and its grace has begun, when the create itself has ended AMBIGUOUS.
+    One that has ended AMBIGUOUS is over, and the pause before the retry is its grace.
     """
     attempt = claim.attempt
     unresolved = attempt is not None and attempt.prediction_id is None

@@ -4,7 +4,13 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,11 +32,12 @@ from app.media.png import PngCheck
 from app.media.whole import is_whole
 from app.providers.base import Prediction, Provider
 from app.providers.outcome import is_address, output_values
-from app.storage.base import Storage, media_key, metadata_key
+from app.storage.base import Checkpoint, Storage, media_key, metadata_key
 
 MAX_OUTPUTS = 100
 DECODE_MEMORY_BYTES = 120 << 20
-# After which pauses a host is asked again for a file that it does not have, or not as one.
+# The pauses before a host is asked again for a file that it says is gone, or that is not what it
+# should be.
 DOUBTS_SECONDS = (2.0, 8.0)
 
 log = structlog.get_logger(__name__)
@@ -73,7 +80,7 @@ class OutputKeeper:
         job: Job,
         attempt: Attempt,
         prediction: Prediction,
-        checkpoint: Callable[[], Awaitable[None]],
+        checkpoint: Checkpoint,
         decoding: Decoding = nullcontext,
     ) -> list[Output]:
         """Store every output and then the metadata document.
@@ -115,21 +122,13 @@ class OutputKeeper:
             await asyncio.sleep(pause_seconds)
 
     async def _keep_one(
-        self,
-        job_id: UUID,
-        index: int,
-        value: Any,
-        checkpoint: Callable[[], Awaitable[None]],
-        decode: Decode,
+        self, job_id: UUID, index: int, value: Any, checkpoint: Checkpoint, decode: Decode
     ) -> Output:
         await checkpoint()
-        path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
-        try:
+        async with self._working_file(job_id) as path:
             output = await self._make(job_id, index, value, path, decode)
             await checkpoint()
             await self._storage.put(media_key(output.name), path, checkpoint)
-        finally:
-            await asyncio.to_thread(_forget, path)
         return output
 
     async def _make(
@@ -219,14 +218,20 @@ class OutputKeeper:
                     return media_type, PictureInfo(too_large.size)
 
     async def _put_metadata(
-        self, job_id: UUID, document: dict[str, Any], checkpoint: Callable[[], Awaitable[None]]
+        self, job_id: UUID, document: dict[str, Any], checkpoint: Checkpoint
     ) -> None:
-        path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        try:
+        async with self._working_file(job_id) as path:
             await asyncio.to_thread(_write, path, text)
             await checkpoint()
             await self._storage.put(metadata_key(job_id), path, checkpoint)
+
+    @asynccontextmanager
+    async def _working_file(self, job_id: UUID) -> AsyncIterator[Path]:
+        """Give a name in the workspace; what is left there at the end is removed."""
+        path = self._storage.workspace / f"{job_id}-{uuid4().hex}"
+        try:
+            yield path
         finally:
             await asyncio.to_thread(_forget, path)
 
@@ -288,7 +293,7 @@ def _on_our_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write the download: {error.strerror}") from error
+        raise StorageError(f"cannot use the workspace: {error.strerror}") from error
 
 
 def _forget(path: Path) -> None:

@@ -16,12 +16,7 @@ from app.errors import FailureClass, ProviderError
 from app.jobs.models import Attempt, JobPhase
 from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository
 from app.jobs.settlement import AttemptEnded, absent, unknown
-from app.providers.base import (
-    LOGGED_ID_CHARS,
-    Prediction,
-    Provider,
-    Sought,
-)
+from app.providers.base import Prediction, Provider, Sought
 
 # Failures with more than this between them are not taken for one long silence.
 LONGEST_GAP_SECONDS = 60.0
@@ -87,6 +82,13 @@ def sought_by(attempt: Attempt, given_seed: object) -> Sought:
     return Sought(attempt.model_name, attempt.input, has_own_seed=is_ours)
 
 
+def known_prediction(attempt: Attempt) -> Prediction | None:
+    """Return the attempt's prediction, to be waited for however it stands by now; None: no id."""
+    if attempt.prediction_id is None:
+        return None
+    return Prediction(attempt.prediction_id, "starting", attempt.model_name, attempt.input)
+
+
 class Reconciler:
     """Resolves intents; one instance serves every job of the process."""
 
@@ -143,16 +145,16 @@ class Reconciler:
     async def _look(
         self, claim: Claim, attempt: Attempt, age: _Age, *, is_last: bool = False
     ) -> Prediction | None:
-        known = await self._repository.attempt(attempt.id)
-        if known is not None and known.prediction_id is not None:  # by the provider's report
-            return Prediction(known.prediction_id, "starting", known.model_name, known.input)
+        reported = await self._repository.attempt(attempt.id)
+        if reported is not None and (known := known_prediction(reported)):
+            return known
         sought = sought_by(attempt, claim.job.parameters.get("seed"))
         found = await self._find(attempt, sought, age)
         for prediction in found:
             if not sought.is_surely(prediction):
                 continue
             if await self._repository.record_prediction(claim.lease, attempt.id, prediction):
-                log.info("prediction_adopted", prediction_id=prediction.id[:LOGGED_ID_CHARS])
+                log.info("prediction_adopted", prediction_id=prediction.id)
                 return prediction
         if is_last:
             await self._doubt_strangers(attempt, found, sought, age)

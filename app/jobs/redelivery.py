@@ -75,7 +75,7 @@ class Runs(Protocol):
 
 
 class Redelivery:
-    """The doorbell's second, for all jobs; and what this worker takes without it."""
+    """Rings again for jobs whose message was lost, and begins some here without a message."""
 
     def __init__(
         self, repository: JobRepository, doorbell: Doorbell, runs: Runs, *, concurrency: int

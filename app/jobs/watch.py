@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from app.errors import FailureClass, PredictionNotFound, ProviderError
-from app.providers.base import LOGGED_ID_CHARS, Prediction, Provider
+from app.providers.base import Prediction, Provider
 
 LONGEST_PAUSE_SECONDS = 30.0
 # From the deadline of a prediction to giving it up, whatever the provider says.
@@ -125,7 +125,7 @@ class PredictionWatcher:
         now = time.monotonic()
         if watch.missing_since is None:
             watch.missing_since = now
-            log.warning("prediction_missing", prediction_id=prediction_id[:LOGGED_ID_CHARS])
+            log.warning("prediction_missing", prediction_id=prediction_id)
         elif now - watch.missing_since > MISSING_SECONDS:
             self._wake(prediction_id, PredictionNotFound())
 
@@ -145,11 +145,7 @@ class PredictionWatcher:
         """Cancel an overdue prediction, again until it was heard; then give it up."""
         if watch.overdue_since is None:
             watch.overdue_since = now
-            log.warning(
-                "prediction_overdue",
-                prediction_id=prediction.id[:LOGGED_ID_CHARS],
-                status=prediction.status,
-            )
+            log.warning("prediction_overdue", prediction_id=prediction.id, status=prediction.status)
         if now - watch.overdue_since > CANCEL_GRACE_SECONDS:
             self._wake(prediction.id, _overdue())
         elif watch.cancelling is None:
@@ -165,7 +161,7 @@ class PredictionWatcher:
             watch.cancelling = None
             log.warning(
                 "prediction_not_cancelled",
-                prediction_id=prediction_id[:LOGGED_ID_CHARS],
+                prediction_id=prediction_id,
                 code=error.code if isinstance(error, ProviderError) else type(error).__name__,
             )
 

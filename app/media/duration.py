@@ -7,13 +7,10 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from app.media.boxes import boxes
+from app.media.boxes import MOST_BOXES, boxes
 
 MP4_FAMILY = frozenset({"video/mp4", "video/quicktime", "audio/mp4"})
 WAV = "audio/wav"
-
-# Whoever sent the file may have written anything: no more parts than this are looked at.
-MOST_PARTS = 1000
 
 
 def duration_seconds(path: Path, media_type: str) -> float | None:
@@ -52,7 +49,7 @@ def _of_header(file: BinaryIO) -> float | None:
 def _of_wav(file: BinaryIO) -> float | None:
     """Divide the bytes of sound by the bytes per second."""
     end, bytes_per_second, at = _end_of(file), 0, 12
-    for _ in range(MOST_PARTS):
+    for _ in range(MOST_BOXES):
         if at + 8 > end:
             return None
         file.seek(at)

@@ -21,7 +21,7 @@ from app.media.errors import BadPicture, TooLargeToDecode
 from app.media.info import PictureInfo
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
-# The most that decoding held of a pixel, with Pillow 13. MPO: several JPEGs in one file.
+# Peak bytes per pixel while decoding, measured with Pillow 13. MPO: several JPEGs in one file.
 _PIXEL_BYTES = {"JPEG": 4.1, "MPO": 4.1, "WEBP": 16.7, "GIF": 1.5, "AVIF": 13.0, "PNG": 4.1}
 _ANIMATED_BYTES = 13.0  # of a GIF: the frame before, this one, and what is common
 _CMYK_BYTES = 4.1  # once more, when it becomes RGB

@@ -11,9 +11,6 @@ from app.errors import FailureClass, ProviderError
 # How Replicate writes a version that has a name; else it says `hidden`, `d-...` or the like.
 VERSION = re.compile(r"[0-9a-f]{64}")
 
-# Replicate's ids have 26; the mock's are long, because they carry the prompt.
-LOGGED_ID_CHARS = 32
-
 TERMINAL_STATES = frozenset({"succeeded", "failed", "canceled", "aborted"})
 
 # Asked at the last moment before a create call is sent.

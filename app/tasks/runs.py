@@ -24,11 +24,11 @@ class Run:
     lease: Lease | None = None
 
     def begins(self) -> None:
-        """See `RunWatch`."""
+        """See `RunObserver`."""
         self.has_begun = True
 
     def owns(self, lease: Lease) -> None:
-        """See `RunWatch`."""
+        """See `RunObserver`."""
         self.lease = lease
 
 

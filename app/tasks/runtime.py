@@ -33,7 +33,7 @@ from app.storage.base import Storage
 from app.tasks.doorbell import doorbell
 from app.tasks.memory import keep_giving_back
 from app.tasks.runs import STOP_SECONDS, Run, RunRegistry
-from app.tasks.wakeups import CANCELLED, listen
+from app.wakeups import CANCELLED, listen
 
 # After SIGTERM, when the runs have stopped: to ring for the jobs that were handed back.
 RING_SECONDS = 1.0
@@ -185,9 +185,9 @@ class Runtime:
             result = RunResult(Outcome.SKIPPED)
         finally:
             self._runs.remove(run)
-        return await self._told_from_cancelled(run, result)
+        return await self._cancelled_or_skipped(run, result)
 
-    async def _told_from_cancelled(self, run: Run, result: RunResult) -> RunResult:
+    async def _cancelled_or_skipped(self, run: Run, result: RunResult) -> RunResult:
         """Tell a job that was cancelled from one that was lost to another worker."""
         if result.outcome is Outcome.SKIPPED and run.lease and not self._is_stopping:
             with suppress(SQLAlchemyError, OSError):

@@ -42,41 +42,17 @@ class OwnerSide(Repository):
 
         The first claim begins the job: from now on `job_deadline_seconds` count.
         """
-        token = uuid4()
-        statement = (
-            update(Job)
-            .where(
-                jobs.id == job_id,
-                jobs.status.in_(UNFINISHED),
-                jobs.worker_id.is_(None),
-                jobs.cancel_requested_at.is_(None),
-                jobs.deadline_at > func.now(),  # what is late is not begun, nor poison tried again
-                jobs.crash_count < MAX_CRASHES,
-                is_due(),
-            )
-            .values(
-                status=JobStatus.PROCESSING,
-                worker_id=worker_id,
-                lease_token=token,
-                next_attempt_at=None,
-                deadline_at=case(
-                    (jobs.started_at.is_(None), in_seconds(job_deadline_seconds)),
-                    else_=jobs.deadline_at,
-                ),
-                started_at=func.coalesce(jobs.started_at, func.now()),
-                updated_at=func.now(),
-            )
-            .returning(Job)
-        )
+        lease = Lease(job_id, uuid4())
+        statement = _claiming(lease, worker_id, job_deadline_seconds)
         age = age_seconds(attempts.created_at)
         open_attempt = select(Attempt, age).where(attempts.job_id == job_id, IS_OPEN)
         async with self._statements() as session:
-            job = await session.scalar(statement)
+            job = await session.scalar(statement.returning(Job))
             if job is None:
                 return None
             found = (await session.execute(open_attempt)).one_or_none()
             attempt, attempt_age = found or (None, 0)
-            return Claim(job, Lease(job_id, token), attempt, float(attempt_age))
+            return Claim(job, lease, attempt, float(attempt_age))
 
     async def begin_attempt(
         self, lease: Lease, provider: str, request: PredictionRequest
@@ -258,6 +234,34 @@ class OwnerSide(Repository):
             await expect(session, statement)
             await session.execute(insert(Output), rows)
             await expect_settled(session, settlement)
+
+
+def _claiming(lease: Lease, worker_id: UUID, job_deadline_seconds: float) -> Update:
+    """pending, or processing without an owner -> processing, under a new token."""
+    return (
+        update(Job)
+        .where(
+            jobs.id == lease.job_id,
+            jobs.status.in_(UNFINISHED),
+            jobs.worker_id.is_(None),
+            jobs.cancel_requested_at.is_(None),
+            jobs.deadline_at > func.now(),  # what is late is not begun, nor poison tried again
+            jobs.crash_count < MAX_CRASHES,
+            is_due(),
+        )
+        .values(
+            status=JobStatus.PROCESSING,
+            worker_id=worker_id,
+            lease_token=lease.token,
+            next_attempt_at=None,
+            deadline_at=case(
+                (jobs.started_at.is_(None), in_seconds(job_deadline_seconds)),
+                else_=jobs.deadline_at,
+            ),
+            started_at=func.coalesce(jobs.started_at, func.now()),
+            updated_at=func.now(),
+        )
+    )
 
 
 def _submitting(lease: Lease) -> Update:

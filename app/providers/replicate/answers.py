@@ -20,9 +20,11 @@ def read_prediction(body: Any) -> Prediction:
     Recorded answers leave out fields that the schema requires, and know more states than it.
     Values of other types than the schema's are left out: each would be refused by the database,
     and so make a paid prediction one that can not be written down.
-    Raises: ValueError, KeyError, TypeError, AttributeError - not a prediction.
+    Raises: ValueError - not a prediction.
     """
-    identity, status = body["id"], body["status"]
+    if not isinstance(body, dict):
+        raise ValueError("not a prediction")
+    identity, status = body.get("id"), body.get("status")
     if not (isinstance(identity, str) and identity and isinstance(status, str)):
         raise ValueError("not a prediction")
     if identity != storable(identity):
@@ -52,7 +54,7 @@ def read_page(entries: Any, response: httpx.Response) -> Page:
     for entry in entries:
         try:
             predictions.append(read_prediction(entry))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             unreadable += 1
     return Page(predictions, _answered_at(response), unreadable)
 

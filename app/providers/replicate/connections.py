@@ -17,7 +17,7 @@ from app.providers.replicate.failures import CalledOff
 
 CREATE_CONNECTIONS = 128  # httpx's pool scans all of them at every request: hundreds are not cheap
 READ_CONNECTIONS = 8
-# Who may not answer `may_send` for so long: the create is called off, as nothing was sent yet.
+# How long `may_send` may take; after that the create is called off, as nothing was sent yet.
 MAY_SEND_SECONDS = 5.0
 
 # What the create call of this context asks at the last moment before it is sent.

@@ -34,6 +34,10 @@ class CalledOff(Exception):
 
 @contextmanager
 def classified(*, creating: bool) -> Iterator[None]:
+    """Raise ProviderError for whatever a call raises.
+
+    What proves nothing is AMBIGUOUS when `creating`, else TRANSIENT.
+    """
     unsure = FailureClass.AMBIGUOUS if creating else FailureClass.TRANSIENT
     try:
         yield

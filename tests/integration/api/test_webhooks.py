@@ -23,7 +23,7 @@ from app.jobs.models import Attempt, Charged
 from app.jobs.repository import Lease
 from app.jobs.settlement import Settlement
 from app.providers.base import Prediction, PredictionRequest
-from app.tasks.wakeups import CHANNEL
+from app.wakeups import CHANNEL
 from tests.integration.api.conftest import (
     WEBHOOK_SECRET,
     FakeProvider,
@@ -131,7 +131,7 @@ class TestGenuine:
         provider: FakeProvider,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("app.providers.webhooks.REFETCH_SECONDS", 0)
+        monkeypatch.setattr("app.providers.replicate.webhooks.REFETCH_SECONDS", 0)
         provider.webhook_secrets = [WEBHOOK_SECRET, OTHER_SECRET]
         assert (await reporter.send(report())).status_code == 204
         body = report()

@@ -749,7 +749,7 @@ class TestFlood:
     async def test_none_is_begun_while_too_many_are_not_stored(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.jobs.shelf.UNSTORED_LIMIT", 1)
+        monkeypatch.setattr("app.jobs.backpressure.UNSTORED_LIMIT", 1)
         storing, go_on = asyncio.Event(), asyncio.Event()
         keep = parts.keeper.keep
 
@@ -770,8 +770,8 @@ class TestFlood:
     async def test_nor_while_too_many_can_not_be_stored(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.jobs.shelf.UNSTORED_LIMIT", 2)
-        monkeypatch.setattr("app.jobs.shelf.REMEMBERED_SECONDS", 3)
+        monkeypatch.setattr("app.jobs.backpressure.UNSTORED_LIMIT", 2)
+        monkeypatch.setattr("app.jobs.backpressure.REMEMBERED_SECONDS", 3)
         ids = [await parts.add() for _ in range(3)]
         with monkeypatch.context() as full:
             full.setattr("app.storage.local._move_durably", Mock(side_effect=OSError(28, "full")))

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from app.errors import FailureClass, ProviderError
-from app.providers import webhooks
-from app.providers.webhooks import WebhookVerifier
+from app.providers.replicate import webhooks
+from app.providers.replicate.webhooks import WebhookVerifier
 from tests.doubles.replicate_webhooks import signed_headers
 
 BODY = b'{"id": "p1"}'

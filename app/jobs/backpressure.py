@@ -16,7 +16,7 @@ UNSTORED_LIMIT = 50
 REMEMBERED_SECONDS = 15.0
 
 
-class Shelf:
+class Backpressure:
     """The ended predictions of this process; used on the event loop only."""
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Shelf:
         await self._has_room.wait()
 
     @contextmanager
-    def holding(self, job_id: UUID) -> Iterator[None]:
+    def storing(self, job_id: UUID) -> Iterator[None]:
         """Count a job while it is being stored, and for a while if our storage has failed it.
 
         Were it forgotten while it waits for its next try, a disk that is full would let a whole
-        backlog be bought. A host that does not give its file is not, once that is beyond doubt: it
-        would stop everybody.
+        backlog be bought. A file that its host refuses is not counted: one such job would stop all
+        others.
         """
         self._change(job_id, 1)
         seconds = REMEMBERED_SECONDS

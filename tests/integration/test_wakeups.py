@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 from redis.asyncio import Redis
 
-from app.tasks import wakeups
-from app.tasks.wakeups import CHANNEL, listen, wake
+from app import wakeups
+from app.wakeups import CHANNEL, listen, wake
 from scripts.servers import Valkey
 from tests.faults.proxy import FaultProxy
 
