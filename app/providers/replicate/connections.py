@@ -10,7 +10,9 @@ from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
+import ssrfguard.httpx
 from replicate import AsyncReplicate
+from ssrfguard import Policy
 
 from app.providers.base import MaySend
 from app.providers.replicate.failures import CalledOff
@@ -61,6 +63,23 @@ def client_for_reads(access: Access) -> AsyncReplicate:
     """Return a client that keeps its few connections: a read may safely be repeated."""
     limits = httpx.Limits(max_connections=READ_CONNECTIONS)
     return _client(access, limits=limits, verify=access.tls)
+
+
+def client_for_files(access: Access) -> httpx.AsyncClient:
+    """Return a client that reaches public addresses only: which one is a model's to say.
+
+    Not where the API itself is unencrypted, a double on this machine: its files are here, too. Nor
+    behind a proxy, which looks the names up and has to know what may be reached.
+    """
+    if access.origin.scheme == "http" or {"https", "all"} & getproxies().keys():
+        return plain_client(access)
+    policy = Policy(allowed_schemes=frozenset({"https"}), allowed_ports=frozenset({443}))
+    return ssrfguard.httpx.AsyncClient(policy=policy, timeout=access.timeout, verify=access.tls)
+
+
+def plain_client(access: Access) -> httpx.AsyncClient:
+    """Return a client that goes where it is sent, and sends nobody a token by itself."""
+    return httpx.AsyncClient(timeout=access.timeout, verify=access.tls)
 
 
 def _client(access: Access, **connecting: Any) -> AsyncReplicate:

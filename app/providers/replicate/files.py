@@ -2,18 +2,23 @@
 
 import base64
 import binascii
+import re
 import zlib
 from collections.abc import AsyncIterator
 from urllib.parse import unquote_to_bytes
 
 import httpx
+from ssrfguard import SSRFGuardError
 
 from app.errors import FailureClass, ProviderError
-from app.providers.replicate.connections import Access
+from app.providers.replicate.connections import Access, client_for_files, plain_client
 
 GONE = (404, 410)
 FILE_CHUNK_BYTES = 1 << 16
 FILE_HOST = "replicate.delivery"
+# What the API's own host may be asked for in the name of a model: all else there is the account's,
+# its webhook secret and the inputs of others among it.
+FILE_PATH = re.compile(rb"(/v1)?/files/[\w-]+(/[\w-][\w.-]*)?")
 GZIP_BEGIN = b"\x1f\x8b"  # also of each further member
 
 
@@ -24,24 +29,29 @@ class OutputFiles:
         self._origin = access.origin
         self._authorization = {"Authorization": f"Bearer {access.token}"}
         # Without the token: it goes to Replicate's own hosts only.
-        self._client = httpx.AsyncClient(
-            timeout=access.timeout, follow_redirects=False, verify=access.tls
-        )
+        self._own, self._others = plain_client(access), client_for_files(access)
 
     async def download(self, url: str) -> AsyncIterator[bytes]:
-        """See `Provider.download`. Accepts `https:`, `data:`, and `http:` on the API's own host."""
+        """See `Provider.download`.
+
+        Accepts `data:`, `https:` at public addresses, and the files of the API's own host.
+        """
         if url.startswith("data:"):
             yield _decode_data_url(url)
             return
         target = self._allowed(url)
+        is_own = self._is_own(target)
         headers = {"Accept-Encoding": "identity"}
-        if _origin(target) == _origin(self._origin) or _is_of_replicate(target):
+        if is_own or _is_of_replicate(target):
             headers |= self._authorization
+        client = self._own if is_own else self._others
         try:
-            async with self._client.stream("GET", target, headers=headers) as response:
+            async with client.stream("GET", target, headers=headers) as response:
                 _raise_for_file(response.status_code)
                 async for chunk in _content(response):
                     yield chunk
+        except SSRFGuardError as error:
+            raise _not_acceptable() from error
         except (httpx.HTTPError, zlib.error) as error:
             raise ProviderError(
                 FailureClass.TRANSIENT, "download_failed", "The output could not be downloaded."
@@ -52,21 +62,36 @@ class OutputFiles:
             target = httpx.URL(url)
         except httpx.InvalidURL:
             target = httpx.URL("")
-        plain = target.scheme == "http" and _origin(target) == _origin(self._origin)
-        if target.host and (target.scheme == "https" or plain) and not target.userinfo:
+        if self._is_own(target):
+            is_good = FILE_PATH.fullmatch(target.raw_path.partition(b"?")[0]) is not None
+        else:
+            is_good = target.scheme == "https" and bool(target.host)
+        if is_good and not target.userinfo:
             return target
-        raise ProviderError(
-            FailureClass.PERMANENT, "invalid_output", "The output's address is not acceptable."
-        )
+        raise _not_acceptable()
+
+    def _is_own(self, target: httpx.URL) -> bool:
+        return _origin(target) == _origin(self._origin)
 
     async def aclose(self) -> None:
         """Close connections."""
-        await self._client.aclose()
+        await self._own.aclose()
+        await self._others.aclose()
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     default = {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.host, url.port or default
+
+
+def _not_acceptable() -> ProviderError:
+    # For good only if it is said again: a name may have led somewhere else for a moment.
+    return ProviderError(
+        FailureClass.PERMANENT,
+        "invalid_output",
+        "The output's address is not acceptable.",
+        may_pass=True,
+    )
 
 
 def _is_of_replicate(url: httpx.URL) -> bool:

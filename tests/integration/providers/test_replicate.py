@@ -1208,12 +1208,55 @@ class TestDownload:
             f"Bearer {ReplicateServer.token}" if gets_it else None
         )
 
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/v1/webhooks/default/secret",
+            "/v1/predictions",
+            "/v1/files",
+            "/v1/files/",
+            "/v1/files/../webhooks/default/secret",
+            "/v1/files/%2e%2e/webhooks/default/secret",
+            "/files/p1/../../v1/account",
+            "//v1/account",
+            "/",
+        ],
+    )
+    async def test_nothing_else_of_the_account_is_read_in_a_models_name(
+        self, provider: ReplicateProvider, double: ReplicateServer, path: str
+    ) -> None:
+        error = await failure(fetched(provider, f"{double.origin}{path}"))
+        assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
+        assert double.ledger().requests == {}
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "https://127.0.0.1/x.png",
+            "https://10.0.0.1/x.png",
+            "https://169.254.169.254/latest/meta-data",
+            "https://[::1]/x.png",
+            "https://[::ffff:10.0.0.1]/x.png",
+            "https://2130706433/x.png",
+            "https://localhost/x.png",
+            "https://replicate.delivery:8443/x.png",
+        ],
+    )
+    async def test_what_is_not_public_is_not_reached(
+        self, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        async with new_provider("https://api.replicate.com") as provider:
+            error = await failure(fetched(provider, url))
+        assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
+
     async def test_an_unencrypted_address_elsewhere_is_refused_without_a_request(
         self, provider: ReplicateProvider, host: Host
     ) -> None:
         port = host.origin.rpartition(":")[2]
         for url in (
-            f"{host.origin}/x.png",
+            f"{host.origin}/files/p1/x.png",
             f"http://localhost:{port}/x.png",
             f"HTTP://127.0.0.1:{port}/x.png",
         ):
@@ -1296,7 +1339,7 @@ class TestDownload:
     async def test_a_redirect_is_not_followed(
         self, provider: ReplicateProvider, double: ReplicateServer, host: Host, status: int
     ) -> None:
-        headers = {"location": f"{host.origin}/x.png"}
+        headers = {"location": f"{host.origin}/files/p1/x.png"}
         double.push_fault("download", "status", status=status, headers=headers)
         created = await provider.create(REQUEST)
         error = await failure(fetched(provider, created.output[0]))
@@ -1326,7 +1369,7 @@ class TestDownload:
         self, to_host: ReplicateProvider, host: Host, reply: bytes
     ) -> None:
         host.reply = reply
-        error = await failure(fetched(to_host, f"{host.origin}/x.png"))
+        error = await failure(fetched(to_host, f"{host.origin}/files/p1/x.png"))
         assert error.failure_class is FailureClass.TRANSIENT
 
     @pytest.mark.parametrize("reply", [b"", answer(b"half", content_length=8)])
@@ -1336,7 +1379,7 @@ class TestDownload:
         host.reply, host.hangs = reply, True
         async with new_provider(host.origin, timeout_seconds=0.3) as provider:
             began = time.monotonic()
-            error = await failure(fetched(provider, f"{host.origin}/x.png"))
+            error = await failure(fetched(provider, f"{host.origin}/files/p1/x.png"))
             assert 0.2 < time.monotonic() - began < 2
         assert error.failure_class is FailureClass.TRANSIENT
         await asyncio.wait_for(host.left.wait(), 5)
@@ -1348,7 +1391,7 @@ class TestCompressedFiles:
     async def test_no_compression_is_asked_for(
         self, to_host: ReplicateProvider, host: Host
     ) -> None:
-        await fetched(to_host, f"{host.origin}/x.png")
+        await fetched(to_host, f"{host.origin}/files/p1/x.png")
         assert header(host.heads[0], "accept-encoding") == "identity"
 
     @pytest.mark.parametrize("size", [0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 300_000])
@@ -1357,7 +1400,7 @@ class TestCompressedFiles:
     ) -> None:
         content = bytes(size)
         host.reply = answer(gzip.compress(content), content_encoding="gzip")
-        assert await fetched(to_host, f"{host.origin}/x.png") == content
+        assert await fetched(to_host, f"{host.origin}/files/p1/x.png") == content
 
     async def test_every_member_of_it_and_nothing_behind_them(
         self, to_host: ReplicateProvider, host: Host
@@ -1365,13 +1408,13 @@ class TestCompressedFiles:
         """A host may send for ever, and what is not yielded counts for no limit."""
         members = gzip.compress(b"first, ") + gzip.compress(b"second")
         host.reply = answer(members + b"<script>" * (1 << 16), content_encoding="gzip")
-        assert await fetched(to_host, f"{host.origin}/x.png") == b"first, second"
+        assert await fetched(to_host, f"{host.origin}/files/p1/x.png") == b"first, second"
 
     async def test_a_bomb_comes_in_small_pieces(
         self, to_host: ReplicateProvider, host: Host
     ) -> None:
         host.reply = answer(gzip.compress(bytes(64 << 20)), content_encoding="gzip")
-        sizes = [len(chunk) async for chunk in to_host.download(f"{host.origin}/x.png")]
+        sizes = [len(chunk) async for chunk in to_host.download(f"{host.origin}/files/p1/x.png")]
         assert sum(sizes) == 64 << 20
         assert max(sizes) <= 1 << 20
 
@@ -1381,7 +1424,7 @@ class TestCompressedFiles:
     ) -> None:
         twice = gzip.compress(gzip.compress(b"content"))
         host.reply = answer(twice, content_encoding=encoding)
-        error = await failure(fetched(to_host, f"{host.origin}/x.png"))
+        error = await failure(fetched(to_host, f"{host.origin}/files/p1/x.png"))
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
 
     @pytest.mark.parametrize(
@@ -1391,7 +1434,7 @@ class TestCompressedFiles:
         self, to_host: ReplicateProvider, host: Host, body: bytes
     ) -> None:
         host.reply = answer(body, content_encoding="gzip")
-        error = await failure(fetched(to_host, f"{host.origin}/x.png"))
+        error = await failure(fetched(to_host, f"{host.origin}/files/p1/x.png"))
         assert error.failure_class is FailureClass.TRANSIENT
 
 
