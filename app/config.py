@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+TLS_OPTIONS = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 MOCK_TOKEN = "mock_token_for_demo"  # noqa: S105 - the documented value that selects the mock
 
 
@@ -37,12 +38,25 @@ def _postgres_url(value: str) -> str:
 
 
 def _redis_url(value: str) -> str:
-    if not value.startswith(("redis://", "rediss://")):
+    options = parse_qs(value.partition("?")[2])
+    if not value.startswith(("redis://", "rediss://")) or not _has_host(value):
         raise ValueError("must be a Redis or Valkey URL: redis://host:6379/0")
-    given = parse_qs(urlsplit(value).query).get("ssl_cert_reqs", ["required"])
-    if given[-1] not in ("required", "optional", "none"):
+    # Any other is an argument that some client does not know, at its first command.
+    known = TLS_OPTIONS if value.startswith("rediss://") else ()
+    if options.keys() - set(known):
+        raise ValueError(f"must have no options but, with rediss://, {', '.join(TLS_OPTIONS)}")
+    if options.get("ssl_cert_reqs", ["required"])[-1] not in ("required", "optional", "none"):
         raise ValueError("ssl_cert_reqs must be required, optional or none")
     return value
+
+
+def _has_host(url: str) -> bool:
+    """A password with a slash in it ends the address too early, and is taken for a port."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _http_url(value: str) -> str:
@@ -79,6 +93,13 @@ def _cors_origins(value: str) -> str:
     return value
 
 
+def _token(value: SecretStr) -> SecretStr:
+    token = value.get_secret_value().strip()  # files and secret stores like to add a line's end
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("must be printable ASCII without spaces")
+    return SecretStr(token)
+
+
 def _webhook_secrets(value: SecretStr) -> SecretStr:
     for secret in _listed(value.get_secret_value()):
         if not re.fullmatch(r"whsec_[A-Za-z0-9+/]+={0,2}", secret):
@@ -97,6 +118,7 @@ UrlPath = Annotated[str, AfterValidator(_url_path)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 HttpOrigin = Annotated[HttpUrl, AfterValidator(_origin)]
 CorsOrigins = Annotated[str, AfterValidator(_cors_origins)]
+Token = Annotated[SecretStr, AfterValidator(_token)]
 WebhookSecrets = Annotated[SecretStr, AfterValidator(_webhook_secrets)]
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
@@ -148,7 +170,7 @@ class Settings(BaseSettings):
     store_original_format: bool = False
     download_concurrency: int = Field(8, ge=1, le=64)
 
-    replicate_api_token: SecretStr = SecretStr(MOCK_TOKEN)
+    replicate_api_token: Token = SecretStr(MOCK_TOKEN)
     replicate_base_url: HttpOrigin = "https://api.replicate.com"
     replicate_timeout_seconds: Seconds = 15
     replicate_prefer_wait_seconds: int = Field(5, ge=0, le=60)

@@ -32,7 +32,7 @@ from app.errors import StorageError
 from app.jobs.strays import batches
 from app.storage import create_storage
 from app.storage.base import FOLDERS, Storage, StoredFile, job_id_of, media_key, metadata_key
-from app.storage.leftovers import leftovers, remove_leftovers
+from app.storage.workspaces import leftovers, remove_leftovers
 
 BATCH = 500
 READERS = 8

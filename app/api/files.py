@@ -21,6 +21,7 @@ from app.api.recent import KnownFile
 from app.config import Settings
 from app.errors import FileDeleted, JobNotFound, StorageError
 from app.jobs.models import Output
+from app.media.sniff import content_type
 from app.storage.base import THUMBNAIL_SIZES, Storage, media_key
 
 # Up to this size one read and one message cost least (measured: a third of any streaming);
@@ -133,7 +134,7 @@ async def answer(request: Request, file: KnownFile) -> Response:
     Raises: HTTPException, JobNotFound; StorageError.
     """
     app: Services = request.app.state.services
-    output, headers = file.output, {"Content-Type": file.output.media_type, **file.headers}
+    output, headers = file.output, {"Content-Type": content_type(file.output.name), **file.headers}
     if condition := _precondition(request.headers, headers):
         return condition
     # Refused here (416) whoever sends the file; RFC 9110 knows ranges of GET only.
@@ -196,11 +197,11 @@ async def _send(
 async def _check_stored(storage: Storage, output: Output) -> None:
     size = await storage.size(media_key(output.name))
     if size != output.size_bytes:
-        raise _damaged(output, size)
+        log.error("output_damaged", name=output.name, expected=output.size_bytes, found=size)
+        raise _gone()
 
 
-def _damaged(output: Output, size: int | None) -> JobNotFound:
-    log.error("output_damaged", name=output.name, expected=output.size_bytes, found=size)
+def _gone() -> JobNotFound:
     return JobNotFound("The file is no longer in the storage.")
 
 
@@ -225,7 +226,7 @@ async def _file(
     except FileNotFoundError:
         body = b""
     if len(body) != length:
-        raise _damaged(output, start + len(body))
+        raise _gone()  # since it was found: it may have been deleted on schedule
     return Response(body, status, headers)
 
 
@@ -242,7 +243,7 @@ async def _thumbnail(request: Request, app: Services, output: Output, size: int)
     try:
         data = await app.thumbnails.get(output, size)
     except FileNotFoundError:
-        raise JobNotFound("The file is no longer in the storage.") from None
+        raise _gone() from None
     if data is None:
         raise JobNotFound("There is no thumbnail of what is not a picture, or too large to decode.")
     headers = {

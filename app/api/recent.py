@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from app.api.middleware import ANSWER_SECONDS, request_id
 from app.api.problems import problem_for
@@ -76,16 +77,22 @@ class AnswerRecent:
         if file is None or any(name == b"origin" for name, _ in scope["headers"]):
             return None
         known_as = scope.setdefault("state", {})["request_id"] = request_id(scope)
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                response = await self._answer(Request(scope), file)
-        except TimeoutError:
-            # Not further down: whoever finds it out there would wait as long once more.
-            response = problem_for(Request(scope), AnswerTooLate())
-        except Exception:
-            return None  # it is for the layers further down to say what is wrong
+        with bound_contextvars(request_id=known_as):
+            response = await self._answered(Request(scope), file)
+        if response is None:
+            return None
         response.headers["X-Request-ID"] = known_as
         if services.settings.cors_origin_list:
             # Or a browser's cache would answer another origin's script with it.
             response.headers["Vary"] = "Origin"
         return response
+
+    async def _answered(self, request: Request, file: KnownFile) -> Response | None:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await self._answer(request, file)
+        except TimeoutError:
+            # Not further down: whoever finds it out there would wait as long once more.
+            return problem_for(request, AnswerTooLate())
+        except Exception:
+            return None  # it is for the layers further down to say what is wrong

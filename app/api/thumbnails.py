@@ -71,7 +71,10 @@ class Thumbnails:
 
     async def _fetch(self, key: str, path: Path) -> None:
         chunks = self._storage.read(key)
-        file = await asyncio.to_thread(path.open, "wb")
+        try:
+            file = await asyncio.to_thread(path.open, "wb")
+        except FileNotFoundError as error:  # of the workspace, not of the output
+            raise StorageError("the workspace is gone") from error
         try:
             async for chunk in chunks:
                 await asyncio.to_thread(file.write, chunk)

@@ -55,5 +55,5 @@ async def _verify(app: Services, attempt_id: UUID, body: bytes, request: Request
 def _prediction(body: bytes) -> Prediction:
     try:
         return read_prediction(json.loads(body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested a thousand levels deep
         raise InvalidInput("The report is not a prediction.") from error

@@ -18,7 +18,7 @@ from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
 from app.providers.base import Provider
 from app.storage.base import Storage
-from app.storage.leftovers import remove_leftovers
+from app.storage.workspaces import remove_leftovers
 
 BATCH = 500
 LOGGED_JOBS = 20

@@ -31,6 +31,7 @@ EXTENSIONS = {
     "application/json": "json",
     "application/octet-stream": "bin",
 }
+_TYPES = {extension: media_type for media_type, extension in EXTENSIONS.items()}
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", PNG),
@@ -50,7 +51,9 @@ _MAGIC = (
     (b"%PDF-", "application/pdf"),
     (b"PK\x03\x04", "application/zip"),
 )
-# ISO base media files by their brand; any other is a video.
+# ISO base media files by their brand; any other is a video. Two say only that it is a picture (or a
+# sequence), and what else it is compatible with follows.
+_BRANDS_OF_PICTURES = (b"mif1", b"msf1")
 _BRANDS = {
     b"avif": "image/avif",
     b"avis": "image/avif",
@@ -70,10 +73,25 @@ def media_type(head: bytes) -> str:
     if head[:4] == b"RIFF":
         return _RIFF.get(head[8:12], "application/octet-stream")
     if head[4:8] == b"ftyp":
-        return _BRANDS.get(head[8:12], "video/mp4")
+        return _of_brand(head)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
         return "image/svg+xml"
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "text/html"
     return "application/octet-stream"
+
+
+def content_type(name: str) -> str:
+    """Return what a file of ours is served as, by its extension. Texts are UTF-8: we wrote them."""
+    media_type = _TYPES.get(name.rpartition(".")[2], "application/octet-stream")
+    return "text/plain; charset=utf-8" if media_type == "text/plain" else media_type
+
+
+def _of_brand(head: bytes) -> str:
+    brand = head[8:12]
+    if brand in _BRANDS_OF_PICTURES:
+        box = head[: int.from_bytes(head[:4])]
+        compatible = (box[at : at + 4] for at in range(16, len(box), 4))
+        brand = next((other for other in compatible if other in _BRANDS), brand)
+    return _BRANDS.get(brand, "video/mp4")

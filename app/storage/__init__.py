@@ -1,5 +1,6 @@
 """Outputs and metadata in folders or a bucket (top-level `storage/` is data, this the code)."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def create_storage(settings: Settings) -> Storage:
     secret = settings.aws_secret_access_key
     return S3Storage(
         settings.storage_url,
-        Path(tempfile.gettempdir()) / "replicate-media-service",
+        Path(tempfile.gettempdir()) / f"replicate-media-service-{os.getuid()}",
         endpoint_url=settings.aws_endpoint_url,
         public_endpoint_url=settings.aws_public_endpoint_url,
         region=settings.aws_region,

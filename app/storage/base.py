@@ -36,7 +36,7 @@ class Storage(Protocol):
     """A local folder for files being made; `put` may move from here without copying."""
 
     workspaces: Collection[Path]
-    """All local folders where files are half-made: see `leftovers`."""
+    """All local folders where files are half-made: see `app.storage.workspaces`."""
 
     async def put(self, key: str, path: Path, still_ours: Checkpoint | None = None) -> None:
         """Make the local file `path` durable under `key`; `path` is gone afterwards.

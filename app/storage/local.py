@@ -10,7 +10,6 @@ import hashlib
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Collection
 from datetime import UTC, datetime
 from io import FileIO
@@ -20,6 +19,7 @@ from uuid import uuid4
 
 from app.errors import StorageError
 from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key
+from app.storage.workspaces import probe
 
 # Hidden, in each folder that may be on a file system of its own: for files that are being made.
 INCOMING = ".incoming"
@@ -136,7 +136,7 @@ class LocalStorage:
         """See `Storage.check`."""
         try:
             for folder in (*self.workspaces, self._folders["metadata"]):
-                await asyncio.to_thread(_probe, folder)
+                await asyncio.to_thread(probe, folder)
         except OSError as error:
             raise StorageError(f"storage is not writable: {error.strerror}") from error
 
@@ -270,9 +270,3 @@ def _described(entries: list["os.DirEntry[str]"]) -> list[StoredFile]:
         modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
         files.append(StoredFile(entry.name, found.st_size, modified_at))
     return files
-
-
-def _probe(folder: Path) -> None:
-    # It has no name (or none for long), so that whoever dies here leaves nothing behind.
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"ok")

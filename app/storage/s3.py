@@ -1,9 +1,10 @@
 """Storage in an S3 bucket, or whatever speaks S3: the same keys, below an optional prefix."""
 
 import asyncio
+import errno
 import hashlib
-import mimetypes
 import os
+import stat
 from collections.abc import AsyncIterator, Collection
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from app.errors import StorageError
+from app.media.sniff import content_type
 from app.storage.base import Checkpoint, StoredFile, checked_folder, checked_key
+from app.storage.workspaces import probe
 
 if TYPE_CHECKING:
     from obstore import Attributes, GetOptions, ObjectMeta, PutMode  # for type checkers only
@@ -70,7 +73,7 @@ class S3Storage:
         self.workspace = workspace
         self.workspaces: Collection[Path] = {workspace}
         try:
-            workspace.mkdir(parents=True, exist_ok=True)
+            _make_private(workspace)
         except OSError as error:
             raise StorageError(f"cannot make the workspace: {error.strerror}") from error
 
@@ -153,6 +156,9 @@ class S3Storage:
     async def check(self) -> None:
         """See `Storage.check`."""
         try:
+            # Whoever tidies temporary folders may have taken it away.
+            await asyncio.to_thread(_make_private, self.workspace)
+            await asyncio.to_thread(probe, self.workspace)
             await obstore.put_async(self._store, PROBE_KEY, b"ok")
         except (BaseError, OSError) as error:
             raise StorageError(f"storage is not writable: {type(error).__name__}") from error
@@ -241,6 +247,14 @@ def _open(url: str, endpoint_url: str | None, config: "S3Config") -> S3Store:
     )
 
 
+def _make_private(folder: Path) -> None:
+    """Raises: OSError - also when it is somebody else's, who could change what passes through."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it is another user's")
+
+
 def _attributes(key: str) -> "Attributes":
     """Return the headers that the bucket itself serves the file with.
 
@@ -248,10 +262,9 @@ def _attributes(key: str) -> "Attributes":
     opened there. Pages show it all the same: `<img>` and `<video>` do not look at this header.
     """
     folder, name = checked_key(key)
-    kind, _ = mimetypes.guess_type(name, strict=False)
     caching = "no-cache" if folder == "metadata" else "public, max-age=31536000, immutable"
     return {
-        "Content-Type": kind or "application/octet-stream",
+        "Content-Type": content_type(name),
         "Content-Disposition": f'attachment; filename="{name}"',
         "Cache-Control": caching,
     }

@@ -23,7 +23,7 @@ from app.storage.base import (
     metadata_key,
     thumbnail_key,
 )
-from app.storage.leftovers import remove_leftovers
+from app.storage.workspaces import remove_leftovers
 
 KEY = media_key("picture.png")
 # More than any adapter moves at once, and not a multiple of anything.

@@ -19,7 +19,7 @@ from app.jobs.lifecycle import Outcome
 from app.jobs.models import AttemptState, Job, JobStatus
 from app.jobs.repository import NewJob
 from app.providers.base import Prediction
-from app.storage.leftovers import remove_leftovers
+from app.storage.workspaces import remove_leftovers
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
 from tests.faults import stoppable

@@ -41,7 +41,7 @@ FOLLOWING = {
 }
 # Whatever these say can be right.
 FREE = {
-    *("API_HOST", "STORAGE_PATH", "METADATA_PATH", "REPLICATE_API_TOKEN"),
+    *("API_HOST", "STORAGE_PATH", "METADATA_PATH"),
     *("AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
 
@@ -67,6 +67,12 @@ WRONG = [
     ("DATABASE_POOL_SIZE", "0", "greater than or equal to 1"),
     ("DATABASE_POOL_SIZE", "201", "less than or equal to 200"),
     ("REDIS_URL", "http://:s3cret@localhost", REDIS),
+    ("REDIS_URL", "redis://:s3cret/word@localhost:6379/0", REDIS),
+    ("REDIS_URL", "redis://localhost:s3cret/0", REDIS),
+    ("REDIS_URL", "redis://localhost/0?ssl_cert_reqs=none", "must have no options but"),
+    ("CELERY_BROKER_URL", "rediss://localhost/0?s3cret=1", "must have no options but"),
+    ("REPLICATE_API_TOKEN", "r8_s3cret word", "must be printable ASCII"),
+    ("REPLICATE_API_TOKEN", "r8_s3cr\u00e9t", "must be printable ASCII"),
     ("CELERY_BROKER_URL", "amqp://guest:s3cret@localhost", REDIS),
     ("CELERY_RESULT_BACKEND", "db+postgresql://fleek:s3cret@localhost", REDIS),
     ("API_PORT", "65536", "less than or equal to 65535"),

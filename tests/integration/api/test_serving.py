@@ -18,6 +18,7 @@ from app.api import recent
 from app.api.deps import Services
 from app.api.files import WHOLE_BYTES
 from app.config import Settings
+from app.jobs.models import DeletionKind
 from app.media.decoder import Decoder
 from app.media.info import PictureInfo
 from app.storage.base import THUMBNAIL_SIZES, media_key, thumbnail_key
@@ -128,12 +129,28 @@ class TestAskedAgain:
         await services.storage.delete(media_key(f"{job.id}.png"))
         problem_of(await client.get(url), 404)
 
+    async def test_a_file_that_was_deleted_on_schedule_meanwhile_is_410_and_no_damage(
+        self,
+        client: httpx2.AsyncClient,
+        jobs: Jobs,
+        services: Services,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        job = await jobs.completed(DATA)
+        url = f"/media/{job.id}.png"
+        assert (await client.get(url)).status_code == 200
+        await services.repository.mark_deleted(DeletionKind.MEDIA, -60, 10)
+        await services.storage.delete(media_key(f"{job.id}.png"))
+        problem_of(await client.get(url), 410)
+        assert "output_damaged" not in caplog.text
+
     async def test_a_storage_that_has_gone_silent_meanwhile_is_503(
         self,
         client: httpx2.AsyncClient,
         jobs: Jobs,
         services: Services,
         monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         async def silent(*_: object) -> bytes:
             await asyncio.sleep(60)
@@ -143,7 +160,10 @@ class TestAskedAgain:
         assert (await client.get(url)).status_code == 200
         monkeypatch.setattr(services.storage, "load", silent)
         monkeypatch.setattr(recent, "ANSWER_SECONDS", 0.1)
-        problem_of(await client.get(url), 503)
+        problem = problem_of(await client.get(url), 503)
+        [line] = [record.msg for record in caplog.records if "answer_too_late" in str(record.msg)]
+        assert isinstance(line, dict)
+        assert line["request_id"] == problem["request_id"]
 
     async def test_only_so_many_are_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(recent, "ENTRIES", 3)

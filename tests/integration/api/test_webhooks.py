@@ -251,7 +251,7 @@ class TestBadReports:
     async def test_an_unknown_attempt_is_404(self, reporter: Reporter) -> None:
         problem_of(await reporter.send(report(), to=uuid4()), 404)
 
-    @pytest.mark.parametrize("body", [b"[]", b"{}", b"no json", b'"text"'])
+    @pytest.mark.parametrize("body", [b"[]", b"{}", b"no json", b'"text"', b"[" * 100_000])
     async def test_what_is_no_prediction_is_refused(self, reporter: Reporter, body: bytes) -> None:
         problem_of(await reporter.send(body, signed(body)), 422)
 

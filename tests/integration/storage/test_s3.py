@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import httpx
@@ -182,3 +183,42 @@ async def answering(reply: bytes) -> AsyncIterator[str]:
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+class TestWorkspace:
+    """The folder among everybody's temporary ones."""
+
+    @pytest.fixture
+    def workspace(self, tmp_path: Path) -> Path:
+        return tmp_path / "workspace"
+
+    def test_nobody_else_can_read_it(self, workspace: Path) -> None:
+        bucket("http://127.0.0.1:1", workspace)
+        assert workspace.stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("is_link", [True, False])
+    def test_one_that_is_not_ours_is_refused(
+        self, workspace: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
+    ) -> None:
+        if is_link:
+            workspace.symlink_to(workspace.parent)
+        else:
+            monkeypatch.setattr(s3.os, "getuid", lambda: 12345)
+        with pytest.raises(StorageError, match="it is another user's"):
+            bucket("http://127.0.0.1:1", workspace)
+
+    async def test_one_that_was_tidied_away_is_made_again(self, workspace: Path) -> None:
+        storage = bucket("http://127.0.0.1:1", workspace)
+        storage._store = MemoryStore()  # type: ignore[assignment]
+        await asyncio.to_thread(workspace.rmdir)
+        await storage.check()
+        assert await asyncio.to_thread(workspace.is_dir)
+
+    async def test_one_that_takes_no_file_is_not_well(
+        self, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage = bucket("http://127.0.0.1:1", workspace)
+        storage._store = MemoryStore()  # type: ignore[assignment]
+        monkeypatch.setattr(s3, "probe", Mock(side_effect=OSError))
+        with pytest.raises(StorageError):
+            await storage.check()

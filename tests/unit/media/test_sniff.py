@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from app.media import sniff
+from app.media.sniff import EXTENSIONS, content_type
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,10 @@ def test_pictures_as_pillow_writes_them(pillow_format: str, media_type: str) -> 
         (b"\x00\x00\x00\x14ftypqt  ", "video/quicktime"),
         (b"\x00\x00\x00\x1cftypM4A ", "audio/mp4"),
         (b"\x00\x00\x00\x18ftypheic", "image/heic"),
+        (b"\x00\x00\x00\x1cftypmif1\x00\x00\x00\x00mif1avifmiaf", "image/avif"),
+        (b"\x00\x00\x00\x18ftypmif1\x00\x00\x00\x00mif1heic", "image/heic"),
+        (b"\x00\x00\x00\x14ftypmif1\x00\x00\x00\x00mif1avif", "video/mp4"),
+        (b"\xff\xff\xff\xffftypmif1", "video/mp4"),
         (b"II*\x00\x08\x00", "image/tiff"),
         (b"MM\x00*\x00\x00", "image/tiff"),
         (b"glTF\x02\x00\x00\x00", "model/gltf-binary"),
@@ -90,6 +95,12 @@ def test_a_drawing_is_not_mistaken_for_a_page(head: bytes) -> None:
 @pytest.mark.parametrize("length", range(12))
 def test_a_beginning_that_is_too_short_tells_nothing_wrong(length: int) -> None:
     assert sniff.media_type(b"RIFF\x24\x00\x00\x00WEBP"[:length]) == "application/octet-stream"
+
+
+@pytest.mark.parametrize(("media_type", "extension"), EXTENSIONS.items())
+def test_a_file_is_served_as_what_it_is(media_type: str, extension: str) -> None:
+    served_as = content_type(f"5-1.{extension}")
+    assert served_as == ("text/plain; charset=utf-8" if extension == "txt" else media_type)
 
 
 def test_every_type_has_an_extension_of_its_own() -> None:

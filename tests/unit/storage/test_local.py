@@ -14,8 +14,8 @@ import pytest
 
 from app.errors import LeaseLost, StorageError
 from app.storage.base import Storage
-from app.storage.leftovers import remove_leftovers
 from app.storage.local import LocalStorage
+from app.storage.workspaces import remove_leftovers
 from tests.contracts.storage import KEY, Owner, StorageContract, listed, put, read
 
 METADATA_KEY = "metadata/picture.json"

@@ -1,4 +1,4 @@
-"""Files that a process has left half-made in its workspace when it died."""
+"""The local folders where files are half-made, and what a process left there when it died."""
 
 import asyncio
 import os
@@ -31,6 +31,15 @@ async def remove_leftovers(workspaces: Collection[Path], older_than_seconds: flo
         return await asyncio.to_thread(_remove, paths)
     except OSError as error:
         raise StorageError(f"cannot clean the workspace: {error.strerror}") from error
+
+
+def probe(folder: Path) -> None:
+    """Write a file. Raises: OSError.
+
+    It has no name (or none for long), so that whoever dies here leaves nothing behind.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"ok")
 
 
 def _old_files(workspaces: Collection[Path], older_than_seconds: float) -> list[Path]:
