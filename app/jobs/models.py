@@ -96,7 +96,9 @@ def _in(column: str, values: type[StrEnum]) -> str:
 UNCLAIMED = "worker_id IS NULL AND status IN ('pending', 'processing')"
 CLAIMED = "worker_id IS NOT NULL AND status = 'processing'"
 UNFINISHED = "status IN ('pending', 'processing')"
-CANCELLING = "cancel_requested_at IS NOT NULL AND status = 'processing'"
+CANCELLING = f"cancel_requested_at IS NOT NULL AND {UNFINISHED}"
+CRASHED = f"crash_count > 0 AND {UNFINISHED}"
+BEGUN = f"worker_id IS NULL AND started_at IS NOT NULL AND {UNFINISHED}"
 KEYED = "idempotency_key IS NOT NULL"
 OPEN = "state <> 'settled'"
 COMPLETED = "status = 'completed'"
@@ -125,6 +127,8 @@ class Job(SQLModel, table=True):
         Index("ix_jobs_deadline_at", "deadline_at", postgresql_where=text(UNFINISHED)),
         Index("ix_jobs_completed_at", "completed_at", postgresql_where=text(COMPLETED)),
         Index("ix_jobs_cancelling", "cancel_requested_at", postgresql_where=text(CANCELLING)),
+        Index("ix_jobs_crashed", "crash_count", postgresql_where=text(CRASHED)),
+        Index("ix_jobs_begun", "ring_at", postgresql_where=text(BEGUN)),
     )
 
     id: UUID = Field(default_factory=uuid7, primary_key=True)

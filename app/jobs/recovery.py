@@ -156,10 +156,8 @@ class Recovery:
             log.info("leftovers_removed", files=removed)
 
     async def _warn_of_risks(self) -> None:
-        for attempt in await self._repository.unstored(AT_RISK_SECONDS, BATCH):
-            at = attempt.submitted_at
-            shown = at.isoformat() if at else None
-            log.error("output_at_risk", job_id=str(attempt.job_id), submitted_at=shown)
+        for job_id, at in await self._repository.unstored(AT_RISK_SECONDS, BATCH):
+            log.error("output_at_risk", job_id=str(job_id), submitted_at=at.isoformat())
 
     async def enforce_retention(self) -> None:
         """Delete what has been kept for its time; see `retention`."""

@@ -5,6 +5,7 @@ import base64
 import json
 import random
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from app.providers.base import MaySend, Prediction, PredictionRequest, Sought, c
 
 PREFIX = "mock-"
 PROMPT_CHARS = 200  # a little more than a picture can show
+# Of those cancelled; each is as long as its prompt.
+CANCELED_REMEMBERED = 10_000
 STARTING_SHARE = 0.2  # of the whole delay
 TRANSIENT_SHARE = 0.8  # of the simulated failures; the others are final
 
@@ -101,7 +104,7 @@ class MockProvider:
     def __init__(self, delay_min: float, delay_max: float, failure_rate: float) -> None:
         self._delays = (delay_min, delay_max)
         self._failure_rate = failure_rate
-        self._canceled: set[str] = set()
+        self._canceled: deque[str] = deque(maxlen=CANCELED_REMEMBERED)
 
     async def admit(self) -> None:
         """See `Provider.admit`: the mock has no limits."""
@@ -148,7 +151,7 @@ class MockProvider:
         """See `Provider.cancel`; known to this process only, which is enough for a mock."""
         try:
             if not (await self.get(prediction_id)).is_terminal:
-                self._canceled.add(prediction_id)
+                self._canceled.append(prediction_id)
             return await self.get(prediction_id)
         except PredictionNotFound:
             return None

@@ -1,6 +1,7 @@
 """The ledger of attempts: one row for each create call that may have been made."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import case, func, select, update
@@ -149,10 +150,15 @@ class Ledger(Repository):
         async with self._statements() as session:
             return await session.scalar(query.limit(1)) is not None
 
-    async def unstored(self, older_than_seconds: float, limit: int) -> Sequence[Attempt]:
-        """Return attempts whose prediction was submitted long ago and whose job goes on."""
+    async def unstored(
+        self, older_than_seconds: float, limit: int
+    ) -> Sequence[tuple[UUID, datetime]]:
+        """Return which jobs go on although their prediction was submitted long ago, and when.
+
+        Without the inputs: each may be large, and this is asked while nothing can be stored.
+        """
         query = (
-            select(Attempt)
+            select(attempts.job_id, attempts.submitted_at)
             .join(Job, jobs.id == attempts.job_id)
             .where(
                 attempts.state == AttemptState.SUBMITTED,
@@ -163,7 +169,7 @@ class Ledger(Repository):
             .limit(limit)
         )
         async with self._statements() as session:
-            return (await session.scalars(query)).all()
+            return [(job_id, at) for job_id, at in await session.execute(query)]
 
     async def settle_orphan(self, settlement: Settlement) -> None:
         """Close the attempt of a job that has ended."""

@@ -2,10 +2,12 @@
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from sqlalchemy import event
 
 from app.errors import LeaseLost
 from app.jobs.models import Charged, Job, JobPhase, JobStatus, Output
@@ -97,6 +99,53 @@ class TestClaim:
         assert second.attempt.id == attempt.id
         assert second.attempt.input == REQUEST.input
         assert 0 <= second.attempt_age_seconds < 10
+
+
+class TestBacklog:
+    async def test_a_sweep_reads_no_job_that_it_has_nothing_to_do_with(
+        self, repository: JobRepository, database: Postgres
+    ) -> None:
+        """It looks every second, in every worker, however many jobs wait."""
+        with psycopg.connect(database.sync_url, autocommit=True) as connection:
+            connection.execute(WAITING_JOBS)
+            connection.execute("ANALYZE jobs")
+        engine = repository._statements.kw["bind"].sync_engine
+        asked: list[tuple[str, Any]] = []
+
+        def note(_: object, __: object, statement: str, parameters: Any, *___: object) -> None:
+            asked.append((statement, parameters))
+
+        event.listen(engine, "before_cursor_execute", note)
+        await repository.finish_cancels()
+        await repository.expire(10)
+        await repository.fail_poisoned(10)
+        await repository.release_dead(10)
+        await repository.unheard(10, 10)
+        await repository.unheard(10, 10, paid=False)
+        event.remove(engine, "before_cursor_execute", note)
+        assert len(asked) >= 7
+        async with repository._statements() as session:
+            connection_ = await session.connection()
+            for statement, parameters in asked:
+                explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
+                plan = (await connection_.exec_driver_sql(explain, parameters)).scalar_one()
+                assert _dropped_rows(plan[0]["Plan"]) < 100, statement
+
+
+WAITING_JOBS = """
+    INSERT INTO jobs (id, prompt, model_name, parameters, status, deadline_at, ring_at,
+                      retry_count, throttle_count, crash_count)
+    SELECT gen_random_uuid(), 'p', 'm', '{}', 'pending', now() + interval '1 h',
+           now() - interval '1 min', 0, 0, 0
+    FROM generate_series(1, 20000)
+"""
+
+
+def _dropped_rows(plan: dict[str, Any]) -> int:
+    """Return how many rows were read and found to be of no interest."""
+    parts = plan.get("Plans", [])
+    own = plan.get("Rows Removed by Filter", 0) * plan.get("Actual Loops", 1)
+    return int(own) + sum(map(_dropped_rows, parts))
 
 
 class TestLease:

@@ -1,6 +1,7 @@
 """Storage in a bucket: the contract on a real S3 server, and what the network may do to it."""
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -203,7 +204,7 @@ class TestWorkspace:
         if is_link:
             workspace.symlink_to(workspace.parent)
         else:
-            monkeypatch.setattr(s3.os, "getuid", lambda: 12345)
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
         with pytest.raises(StorageError, match="it is another user's"):
             bucket("http://127.0.0.1:1", workspace)
 
