@@ -21,7 +21,7 @@ from scripts.locks import freed, owned
 from scripts.supervise import Child, ServerError
 from scripts.unprivileged import Account, Place, place_for, programs
 
-__all__ = ["Postgres", "ServerError", "Valkey"]
+__all__ = ["Postgres", "ServerError", "Valkey", "free_port"]
 
 HOST = "127.0.0.1"
 USER = "fleek"
@@ -101,7 +101,7 @@ class _Server:
 
     @property
     def port(self) -> int:
-        self._port = self._port or _free_port()
+        self._port = self._port or free_port()
         return self._port
 
     @property
@@ -318,7 +318,8 @@ def is_taken(port: int) -> bool:
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on, and that is nobody's while its server is stopped."""
     for port in random.sample(FREE_PORTS, 100):
         if not is_taken(port):
             return port

@@ -29,10 +29,10 @@ import httpx
 import psycopg
 import redis
 
-from scripts.servers import Postgres, Valkey
+from scripts.servers import Postgres, Valkey, free_port
 from scripts.supervise import Child
 from tests.doubles.replicate_server import ReplicateServer
-from tests.e2e.service import BIN, ROOT, free_port
+from tests.e2e.service import BIN, ROOT
 from tests.faults.proxy import FaultProxy
 
 # Scaled down by default, to be part of every test run; `scripts/test.sh --faults` asks for all.
@@ -149,9 +149,10 @@ class Process:
         self.stops.append(Window(time.time(), math.inf))
 
     def lived_through(self, begin: float, end: float) -> bool:
-        """Tell whether it ran all the time, as far as this test has to do with it."""
+        """Tell whether it ran all the time; what ended by itself, before or after, did not."""
         stopped = any(stop.begin <= end and begin <= stop.end for stop in self.stops)
-        return self.is_running and not stopped
+        ended_by_test = bool(self.stops) and self.stops[-1].end == math.inf
+        return not stopped and (self.is_running or ended_by_test)
 
     def signal(self, number: int) -> None:
         """Send a signal at once, unless it has ended."""
@@ -493,6 +494,7 @@ class Stack:
             return
         self.post(50)
         self.wait_until_done()
+        self.accepted.clear()  # before its rows go: nobody may look for them any more
         time.sleep(2)
         self.query("TRUNCATE jobs, attempts, outputs, job_counts, faults.history CASCADE")
         for folder in (self.media, self.metadata):
@@ -501,7 +503,6 @@ class Stack:
         self.replicate.reset()
         self.answers.clear()
         self.reads.clear()
-        self.accepted.clear()
         processes = [process for process in (*self.apis, *self.workers) if process.is_running]
         self.baseline = {process.pid: process.resources() for process in processes}
 

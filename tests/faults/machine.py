@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from app.errors import FailureClass, LeaseLost, ProviderError
+from app.jobs.lifecycle import _phase_to_keep
 from app.jobs.models import Attempt, Charged, JobPhase, JobStatus, Output
 from app.jobs.repository import MAX_CRASHES, Claim, JobRepository, NewJob
 from app.jobs.retry import RetryPolicy, decide
@@ -268,6 +269,7 @@ class JobsMachine(RuleBasedStateMachine):
         attempt = self.write(run, begin, paying=True)
         if attempt is not None:
             run.attempt, run.stage = attempt, "intent"
+            run.claim.attempt, run.claim.job.phase = attempt, JobPhase.SUBMITTING
 
     def _input(self, job_id: UUID) -> dict[str, Any]:
         group = self.groups[job_id]
@@ -355,6 +357,7 @@ class JobsMachine(RuleBasedStateMachine):
         )
         if recorded:
             run.created, run.stage = created, "waiting"
+            attempt.prediction_id = created.id
         return recorded
 
     def _when_reconciling(self, run: Run, *, smooth: bool) -> None:
@@ -365,8 +368,7 @@ class JobsMachine(RuleBasedStateMachine):
             self.conclude(run, FailureClass.INTERNAL)
         else:
             self.count("outcome unknown")
-            settlement = Settlement(run.open_attempt.id, None, "unknown", Charged.UNKNOWN)
-            self.conclude(run, FailureClass.PERMANENT, settlement)
+            self.conclude(run, FailureClass.PERMANENT)  # left open: the sweep looks for it
 
     def _when_reconciled(self, run: Run, *, smooth: bool) -> None:
         """Adopt what was found, wait while it may still arrive, or begin anew."""
@@ -430,7 +432,7 @@ class JobsMachine(RuleBasedStateMachine):
         settlement = Settlement(run.open_attempt.id, run.prediction.id, "succeeded", Charged.YES)
         lease = run.claim.lease
         completing = self.repository.complete(lease, [output], settlement)
-        if self.write(run, completing, settlement=settlement, done=True):
+        if self.write(run, completing, known=settlement, done=True):
             self.count("completed")
         run.stage = "over"
 
@@ -448,8 +450,12 @@ class JobsMachine(RuleBasedStateMachine):
             jitter=0,
         )
         words: dict[str, Any] = {"error_code": "code", "error_message": "message"}
+        known: Settlement | Attempt | None = settlement
         if decision is None:
-            writing = self.repository.fail(lease, **words, settlement=settlement)
+            known = settlement or run.claim.attempt
+            writing = self.repository.fail(
+                lease, **words, settlement=settlement, left_open=run.claim.attempt
+            )
         else:
             writing = self.repository.retry_later(
                 lease,
@@ -457,9 +463,10 @@ class JobsMachine(RuleBasedStateMachine):
                 **words,
                 retries=decision.retries,
                 throttles=decision.throttles,
+                phase=None if settlement else _phase_to_keep(run.claim, error),
                 settlement=settlement,
             )
-        self.write(run, writing, settlement=settlement, done=True)
+        self.write(run, writing, known=known, done=True)
         run.stage = "over"
 
     # --- workers, sweeps and reports ---------------------------------------------------------
@@ -649,11 +656,11 @@ class JobsMachine(RuleBasedStateMachine):
         *,
         cancelling: bool = False,
         paying: bool = False,
-        settlement: Settlement | None = None,
+        known: Settlement | Attempt | None = None,
         done: bool | None = None,
     ) -> Any:
         """Write in a run's name: it succeeds if and only if the job is still the run's, and the
-        attempt that it settles as the run knows it.
+        attempt that it settles, or leaves open, as the run knows it.
 
         Returns what `writing` does (or `done`), None when the lease is lost.
         """
@@ -662,7 +669,7 @@ class JobsMachine(RuleBasedStateMachine):
         allowed = is_last_claim and job["status"] == "processing"
         allowed = allowed and (cancelling or job["cancel_requested_at"] is None)
         allowed = allowed and not (paying and job["is_late"])
-        allowed = allowed and self._is_as_known(run, settlement)
+        allowed = allowed and self._is_as_known(run, known)
         before = self.seen.of(run.job_id)
         result = None
         try:
@@ -676,12 +683,13 @@ class JobsMachine(RuleBasedStateMachine):
             return None
         return result if done is None else done
 
-    def _is_as_known(self, run: Run, settlement: Settlement | None) -> bool:
+    def _is_as_known(self, run: Run, known: Settlement | Attempt | None) -> bool:
         """False when the provider's report has given the attempt a prediction meanwhile."""
-        if settlement is None:
+        if known is None:
             return True
-        [row] = [a for a in self.seen.attempts[run.job_id] if a["id"] == str(settlement.attempt_id)]
-        as_known: bool = row["prediction_id"] == settlement.prediction_id
+        attempt_id = known.attempt_id if isinstance(known, Settlement) else known.id
+        [row] = [a for a in self.seen.attempts[run.job_id] if a["id"] == str(attempt_id)]
+        as_known: bool = row["prediction_id"] == known.prediction_id
         if not as_known:
             self.count("reported meanwhile")
         return as_known

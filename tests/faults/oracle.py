@@ -39,6 +39,7 @@ LEGAL = frozenset(
     }
 )
 DOCUMENTED = frozenset({200, 201, 204, 206, 304, 401, 404, 405, 409, 413, 416, 422, 503})
+READ = frozenset({0, 200, 503})
 # Of these a new prediction may be worth it; `canceled` was our own doing, and ends the job.
 ENDED_BADLY = frozenset({"failed", "aborted"})
 OLD_TEMP_SECONDS = 600
@@ -347,6 +348,8 @@ class _Oracle:
                 right_type = "problem+json" in answer.content_type or "health" in answer.path
                 whole = answer.retry_after and right_type
                 self._expect(whole, f"O6: a 503 without Retry-After or problem: {shown}")
+        strange = {read.path: read.status for read in self._stack.reads if read.status not in READ}
+        self._expect(not strange, f"O6: of what was answered with 201: {strange}")
         reads = [a.seconds for a in self._stack.reads if not self._in_window(a)]
         self._expect(reads or self._stack.windows, "O6: nobody has looked at a job")
         self.read_p99_seconds = percentile(reads, 0.99)

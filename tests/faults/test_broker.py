@@ -94,8 +94,10 @@ def test_f06_the_broker_is_restarted_empty(start_stack: StartStack, scenario: Sc
     stack.post(300)
     for _ in range(5):
         stack.restart_broker_empty()
+        restarted_at = time.monotonic()
         time.sleep(10)
-    rest_seconds = stack.wait_until_done(90)
+    stack.wait_until_done(90)
+    rest_seconds = time.monotonic() - restarted_at
     scenario.record(rest_seconds=rest_seconds, **vars(check(stack)))
 
 
@@ -110,8 +112,11 @@ def test_f07_the_broker_is_away_for_long(start_stack: StartStack, scenario: Scen
     stack.post(20, per_second=10)
     assert len(stack.living_workers) == 2
     stack.valkey.start()
+    back_at = time.monotonic()
     back = _Return(stack)
-    drained_seconds = stack.wait_until_done(60)
+    stack.wait_until_done(60)
+    drained_seconds = time.monotonic() - back_at
+    assert drained_seconds <= 60
     stack.post(5, per_second=10)
     scenario.record(drained_seconds=drained_seconds)
     _check_return(stack, scenario, back)

@@ -46,7 +46,7 @@ def test_f30_cancels_at_every_moment_stick(start_stack: StartStack, scenario: Sc
     One terminal state each; the provider is told whenever there is a prediction; no create is
     called after a confirmed cancel.
     """
-    patient = {"RETRY_BACKOFF_FACTOR": "60", "REPLICATE_TIMEOUT_SECONDS": "5"}
+    patient = {"RETRY_BACKOFF_FACTOR": "60", "REPLICATE_TIMEOUT_SECONDS": "12"}
     stack = start_stack(DOWNLOAD_CONCURRENCY="64", **patient)
     each = sized(5, 50)
     _hold_jobs_at_their_moments(stack)
@@ -56,7 +56,7 @@ def test_f30_cancels_at_every_moment_stick(start_stack: StartStack, scenario: Sc
     _cancelled_twice(stack, confirmed)
     stack.replicate.clear_faults()
     stack.wait_until_done()
-    wait_for(lambda: not _untold(stack), "the provider's cancels", 30, lambda: _untold(stack))
+    wait_for(lambda: not _untold(stack), "the provider's cancels", 60, lambda: _untold(stack))
     _assert_no_create_after(stack, confirmed)
     told_after = _seconds_until_told(stack, confirmed)
     assert max(told_after) <= CANCEL_REACHES_PROVIDER_SECONDS
@@ -81,7 +81,7 @@ def _hold_jobs_at_their_moments(stack: Stack) -> None:
     lives = {"while-it-starts": starting, "while-it-runs": running}
     for words, sequence in lives.items():
         push("create", "status_sequence", sequence=sequence, prompt_contains=words, times=None)
-    push("create", "delay", seconds=3, prompt_contains=MOMENTS[1], times=None)
+    push("create", "delay", seconds=8, prompt_contains=MOMENTS[1], times=None)
     push("create", "accept_then_drop", prompt_contains=MOMENTS[2], times=None)
     push("download", "slow", bytes_per_second=20, prompt_contains=MOMENTS[5], times=None)
     push("create", "fail", prompt_contains=MOMENTS[6], times=None)

@@ -137,6 +137,25 @@ class TestPausedBeforeSending:
         self.claim(program)
         program.advance(program.runs[-1], smooth=False)  # the provider says nothing, for so long
         assert program.world.steps["outcome unknown"] == 1
-        assert [job["status"] for job in program.seen.jobs.values()] == ["failed"]
-        program.teardown()
+        [(job_id, job)] = program.seen.jobs.items()
+        assert job["status"] == "failed"
+        program.stop_orphans()
+        assert len(program.seen.open_attempts(job_id)) == 1, "it may show yet"
+        program.give_orphans_up()
+        assert program.seen.open_attempts(job_id) == []
         program.nothing_is_paid_twice()
+
+    def test_what_nobody_could_prove_is_stopped_when_it_shows(self, program: JobsMachine) -> None:
+        program.advance(program.runs[0])  # the create is sent ...
+        program.go_on(0, "none", worker=0)  # ... and accepted
+        program.die(0)
+        for _ in range(6):
+            program.time_passes()
+        program.release_dead()
+        self.claim(program)
+        program.advance(program.runs[-1], smooth=False)
+        [created] = program.ledger.creates
+        assert not created.is_terminal
+        program.stop_orphans()
+        assert created.status == "canceled"
+        assert program.seen.open_attempts(created.job_id) == []
