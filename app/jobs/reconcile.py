@@ -8,6 +8,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Literal
+from uuid import UUID
 
 import structlog
 
@@ -44,11 +45,21 @@ class _Age:
     """The age of the intent, from the database's clock and then our own."""
 
     at_claim_seconds: float
+    attempt_id: UUID
     _claimed_at: float = field(default_factory=clock.now)
 
     @property
     def seconds(self) -> float:
         return self.at_claim_seconds + clock.now() - self._claimed_at
+
+    @property
+    def at_most_seconds(self) -> float:
+        """How far back to look: further where its writer's clock says so.
+
+        The database's may have been set back since, and what is not looked at is taken for lost.
+        """
+        written_at = (self.attempt_id.int >> 80) / 1000  # UUIDv7 begins with milliseconds
+        return max(self.seconds, time.time() - written_at)
 
 
 @dataclass(slots=True)
@@ -106,7 +117,7 @@ class Reconciler:
         Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
         none, or that nobody will ever know; LeaseLost.
         """
-        age = _Age(claim.attempt_age_seconds)
+        age = _Age(claim.attempt_age_seconds, attempt.id)
         if claim.job.phase is JobPhase.SUBMITTING:
             prediction = await self._outwait(claim, attempt, age)
         else:
@@ -163,7 +174,7 @@ class Reconciler:
     async def _find(self, attempt: Attempt, sought: Sought, age: _Age) -> list[Prediction]:
         asked_at = time.monotonic()
         try:
-            found = await self._provider.find(sought, age.seconds)
+            found = await self._provider.find(sought, age.at_most_seconds)
         except ProviderError as error:
             silent_seconds = 0.0
             if error.failure_class is not FailureClass.THROTTLED:  # an answer, of a kind

@@ -111,7 +111,7 @@ class PredictionWatcher:
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         if not self._watches:
             return
-        for prediction_id, seen in (await self._provider.poll(list(self._watches))).items():
+        async for prediction_id, seen in self._provider.poll(list(self._watches)):
             watch = self._watches.get(prediction_id)
             if watch is None:
                 continue

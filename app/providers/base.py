@@ -151,9 +151,11 @@ class Provider(Protocol):
         """
         ...
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
-        """Read many predictions with few calls; None stands for one that the provider does not
-        know (any more). Ids that could not be read now are left out.
+    def poll(self, prediction_ids: Collection[str]) -> AsyncIterator[tuple[str, Prediction | None]]:
+        """Read many predictions with few calls: yield each as soon as it is read, by its id.
+
+        None stands for one that the provider does not know (any more). Ids that could not be read
+        now are left out.
 
         Raises: ProviderError(TRANSIENT | THROTTLED | PERMANENT).
         """

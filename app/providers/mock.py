@@ -7,7 +7,6 @@ import random
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Collection
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
@@ -134,13 +133,15 @@ class MockProvider:
         """See `Provider.get`."""
         return self._prediction(_Run.of(prediction_id))
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
+    async def poll(
+        self, prediction_ids: Collection[str]
+    ) -> AsyncIterator[tuple[str, Prediction | None]]:
         """See `Provider.poll`."""
-        found: dict[str, Prediction | None] = dict.fromkeys(prediction_ids)
-        for prediction_id in found:
-            with suppress(PredictionNotFound):
-                found[prediction_id] = await self.get(prediction_id)
-        return found
+        for prediction_id in prediction_ids:
+            try:
+                yield prediction_id, await self.get(prediction_id)
+            except PredictionNotFound:
+                yield prediction_id, None
 
     async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:
         """See `Provider.find`: what no id was kept of never existed here, and cost nothing."""

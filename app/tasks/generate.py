@@ -13,7 +13,7 @@ from app.jobs.lifecycle import Outcome, RunResult
 from app.logging import configure_logging
 from app.tasks.celery_app import celery_app, settings
 from app.tasks.doorbell import TASK
-from app.tasks.memory import leave_modules_alone
+from app.tasks.memory import leave_modules_alone, use_one_heap
 from app.tasks.runtime import Runtime
 
 runtime = Runtime(settings)
@@ -73,6 +73,7 @@ def _run(job_id: object) -> RunResult:
 def _start(sender: Any, **_: Any) -> None:
     """Take part from the start: Celery calls itself ready only once the broker answers."""
     _refuse_other_pools(sender.pool_cls.__module__)
+    use_one_heap()
     configure_logging(settings.log_level)  # Celery asks for it only later
     try:
         runtime.start()

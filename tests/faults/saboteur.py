@@ -99,14 +99,20 @@ def _first(folder: Path, words: str) -> bool:
 
 
 def _fail(number: int, flag: Path) -> None:
-    move = local._move_durably
+    """Fail half of the times before the move, half when it is done and is to be flushed."""
+    move, fsync = local._move_durably, local._fsync
 
     def failing_move(source: Path, target: Path) -> None:
-        if flag.exists():
+        if flag.exists() and random.random() < 0.5:
             raise OSError(number, os.strerror(number))
         move(source, target)
 
-    local._move_durably = failing_move
+    def failing_fsync(path: Path) -> None:
+        if flag.exists() and path.is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(path)
+
+    local._move_durably, local._fsync = failing_move, failing_fsync
 
 
 def _shift_clock(shift: str) -> None:

@@ -368,6 +368,29 @@ def test_f18_permanent_errors_fail_at_once(start_stack: StartStack, scenario: Sc
     _record(scenario, stack, failures=failures, slowest_seconds=slowest)
 
 
+def test_deadlines_end_what_nobody_brings_on(start_stack: StartStack, scenario: Scenario) -> None:
+    """20 jobs begun while the provider refuses, their worker killed; 20 while no worker lives."""
+    deadlines = {"JOB_DEADLINE_SECONDS": "8", "QUEUE_DEADLINE_SECONDS": "8"}
+    stack = start_stack(links=("provider",), **deadlines)
+    stack.proxies["provider"].refuse()
+    jobs = sized(5, 20)
+    stack.post(jobs, words="begun")
+    wait_for(lambda: all(job["started_at"] for job in jobs_about(stack)), "all to be begun")
+    second = stack.replace(stack.workers[0])
+    stack.wait_until_done(60)
+    second.kill()
+    stack.post(jobs, words="unbegun")
+    time.sleep(9)
+    stack.start_worker()
+    stack.wait_until_done(30)
+    codes = {"begun": "deadline_exceeded", "unbegun": "queue_deadline_exceeded"}
+    for words, code in codes.items():
+        found = jobs_about(stack, f" {words}")
+        assert [(job["status"], job["error_code"]) for job in found] == [("failed", code)] * jobs
+    late = [(job["completed_at"] - job["deadline_at"]).total_seconds() for job in found]
+    _record(scenario, stack, failures=set(codes.values()), latest_seconds=max(late))
+
+
 @full_only
 def test_f19_a_cold_boot_takes_its_time(start_stack: StartStack, scenario: Scenario) -> None:
     """A model boots for 8 minutes; 20 jobs succeed, paid once, with the default deadlines."""

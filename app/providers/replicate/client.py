@@ -137,38 +137,49 @@ class ReplicateProvider:
                 raise PredictionNotFound from error
             return read_prediction(await response.json())
 
-    async def poll(self, prediction_ids: Collection[str]) -> dict[str, Prediction | None]:
+    async def poll(
+        self, prediction_ids: Collection[str]
+    ) -> AsyncGenerator[tuple[str, Prediction | None], None]:
         """See `Provider.poll`: one page of the list watches 100 predictions."""
-        found: dict[str, Prediction | None] = {}
+        missing = set(prediction_ids)
         try:
-            await self._poll(set(prediction_ids), found)
+            async for prediction_id, seen in self._poll(missing):
+                missing.discard(prediction_id)
+                yield prediction_id, seen
         except ProviderError:
             # What was read counts: among many calls one may always fail.
-            if not found:
+            if len(missing) == len(set(prediction_ids)):
                 raise
-        return found
 
-    async def _poll(self, wanted: set[str], found: dict[str, Prediction | None]) -> None:
-        if len(wanted) > 1:
+    async def _poll(
+        self, missing: Collection[str]
+    ) -> AsyncGenerator[tuple[str, Prediction | None], None]:
+        """Yield what the list shows, then what has to be read by itself.
+
+        `missing` loses, by the caller, whatever was yielded.
+        """
+        if len(missing) > 1:
             try:
-                await self._poll_list(wanted, found)
+                async for seen in self._poll_list(missing):
+                    yield seen.id, seen
             except ProviderError as error:
                 if error.failure_class is FailureClass.THROTTLED:
                     raise
                 # The list may be broken alone: then each prediction can still be read by itself.
-        missing = sorted(wanted - found.keys())
         # Others every time: a few that run for long must not hide the rest.
-        for prediction_id in random.sample(missing, min(len(missing), GETS_PER_POLL)):
+        for prediction_id in random.sample(sorted(missing), min(len(missing), GETS_PER_POLL)):
             try:
-                found[prediction_id] = await self.get(prediction_id)
+                yield prediction_id, await self.get(prediction_id)
             except PredictionNotFound:
-                found[prediction_id] = None
+                yield prediction_id, None
 
-    async def _poll_list(self, wanted: set[str], found: dict[str, Prediction | None]) -> None:
-        pages = PAGES_PER_POLL + len(wanted) // PAGE_PREDICTIONS
+    async def _poll_list(self, missing: Collection[str]) -> AsyncGenerator[Prediction, None]:
+        pages = PAGES_PER_POLL + len(missing) // PAGE_PREDICTIONS
         async for page in self._pages(at_most=pages):
-            found.update({seen.id: seen for seen in page.predictions if seen.id in wanted})
-            if len(found) == len(wanted):
+            for seen in page.predictions:
+                if seen.id in missing:
+                    yield seen
+            if not missing:
                 return
 
     async def find(self, sought: Sought, made_within_seconds: float) -> list[Prediction]:

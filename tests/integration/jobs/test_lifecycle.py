@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from app.config import Settings
@@ -30,6 +31,7 @@ from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
 from app.storage.base import Storage, media_key, metadata_key
 from app.storage.s3 import S3Storage
+from scripts.servers import Postgres
 from tests.doubles.replicate_server import ReplicateServer
 from tests.doubles.ungoverned import Ungoverned
 from tests.s3_server import KEYS
@@ -403,6 +405,17 @@ class TestLostCreates:
         assert [
             orphan.attempt.job_id for orphan in await parts.repository.take_orphans(10, known=False)
         ] == [job_id]
+
+    async def test_it_is_found_although_the_databases_clock_was_set_back(
+        self, parts: Parts, replicate: ReplicateServer, database: Postgres
+    ) -> None:
+        replicate.push_fault("create", "accept_then_drop")
+        job_id = await parts.add()
+        await parts.run(job_id)
+        with psycopg.connect(database.sync_url) as connection:
+            connection.execute("UPDATE attempts SET created_at = now() + interval '5 min'")
+        assert (await parts.run_to_the_end(job_id))[-1] == "completed"
+        assert len(replicate.creates()) == 1
 
     async def test_a_report_that_comes_in_the_last_moment_saves_it(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

@@ -84,13 +84,34 @@ async def test_the_poller_survives_any_failure(
         if not failures:
             failures.append(True)
             raise RuntimeError("nobody thought of this")
-        return await poll(*arguments)
+        async for seen in poll(*arguments):
+            yield seen
 
     monkeypatch.setattr(provider, "poll", failing_once)
     with capture_logs() as logged:
         async with running(watcher):
             assert (await watcher.wait(created.id)).status == "succeeded"
     assert [line["log_level"] for line in logged if line["event"] == "poll_failed"] == ["error"]
+
+
+async def test_what_the_list_shows_does_not_wait_for_other_reads(
+    watcher: PredictionWatcher,
+    provider: ReplicateProvider,
+    replicate: ReplicateServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A read by itself may wait for the provider's rate, for minutes if it asks for them."""
+
+    async def hanging(_: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(provider, "get", hanging)
+    replicate.configure(latency_seconds=0)
+    created = await provider.create(REQUEST)
+    unlisted = asyncio.create_task(watcher.wait("x" * 26))
+    async with running(watcher), asyncio.timeout(5):
+        assert (await watcher.wait(created.id)).status == "succeeded"
+    unlisted.cancel()
 
 
 async def test_an_overdue_prediction_is_cancelled_until_it_was_heard(

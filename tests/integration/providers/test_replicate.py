@@ -24,7 +24,7 @@ from app.providers.base import PredictionRequest, Sought
 from app.providers.governor import Call
 from app.providers.outcome import output_values
 from app.providers.replicate import ReplicateProvider, client, connections
-from tests.contracts.provider import Provide, ProviderContract, fetched, finished
+from tests.contracts.provider import Provide, ProviderContract, fetched, finished, polled
 from tests.doubles.replicate_server import ReplicateServer
 from tests.doubles.ungoverned import Ungoverned
 
@@ -733,7 +733,7 @@ class TestGet:
         for seen in (
             created,
             await provider.get(created.id),
-            (await provider.poll([created.id]))[created.id],
+            (await polled(provider, [created.id]))[created.id],
         ):
             assert seen is not None
             assert (seen.status, seen.is_terminal) == (status, terminal)
@@ -888,14 +888,14 @@ class TestReads:
     ) -> None:
         ids = await created_ids(provider, 3)
         double.push_fault("list", "status", status=status, times=None)
-        assert (await provider.poll(ids)).keys() == set(ids)
+        assert (await polled(provider, ids)).keys() == set(ids)
 
     async def test_a_throttled_list_is_not_followed_by_more_calls(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         ids = await created_ids(provider, 3)
         double.push_fault("list", "status", status=429, times=None)
-        error = await failure(provider.poll(ids))
+        error = await failure(polled(provider, ids))
         assert error.failure_class is FailureClass.THROTTLED
         assert double.ledger().requests.get("get", 0) == 0
 
@@ -930,26 +930,26 @@ class TestPoll:
     async def test_nothing_costs_nothing(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
-        assert await provider.poll([]) == {}
+        assert await polled(provider, []) == {}
         assert double.ledger().requests == {}
 
     async def test_one_is_read_by_itself(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         [one] = await created_ids(provider, 1)
-        assert (await provider.poll([one])).keys() == {one}
+        assert (await polled(provider, [one])).keys() == {one}
         assert double.ledger().requests == {"create": 1, "get": 1}
 
     async def test_one_page_watches_a_hundred(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         ids = await created_ids(provider, 100)
-        assert (await provider.poll(ids)).keys() == set(ids)
+        assert (await polled(provider, ids)).keys() == set(ids)
         assert double.ledger().requests == {"create": 100, "list": 1}
         # Others on the same account fill a page as well.
         await created_ids(provider, 50)
         double.push_fault("get", "status", status=500, times=None)
-        assert (await provider.poll(ids)).keys() == set(ids)
+        assert (await polled(provider, ids)).keys() == set(ids)
         assert double.ledger().requests == {"create": 150, "list": 3}
 
     async def test_the_more_there_are_the_more_pages_are_read(
@@ -957,7 +957,7 @@ class TestPoll:
     ) -> None:
         monkeypatch.setattr(client, "PAGES_PER_POLL", 1)
         ids = await created_ids(provider, 150)
-        assert (await provider.poll(ids)).keys() == set(ids)
+        assert (await polled(provider, ids)).keys() == set(ids)
         assert double.ledger().requests == {"create": 150, "list": 2}
 
     async def test_what_no_page_shows_is_read_by_itself(
@@ -965,7 +965,7 @@ class TestPoll:
     ) -> None:
         ids = await created_ids(provider, 5)
         double.configure(list_lag_seconds=3600)
-        assert (await provider.poll(ids)).keys() == set(ids)
+        assert (await polled(provider, ids)).keys() == set(ids)
         assert double.ledger().requests == {"create": 5, "list": 1, "get": 5}
 
     async def test_reads_are_bounded_and_nobody_is_left_out_for_ever(
@@ -976,7 +976,7 @@ class TestPoll:
         double.configure(list_lag_seconds=3600)
         seen: set[str] = set()
         for _ in range(20):
-            found = await provider.poll(ids)
+            found = await polled(provider, ids)
             assert len(found) == 4
             seen |= found.keys()
         assert seen == set(ids)
@@ -991,14 +991,14 @@ class TestPoll:
             return answer(json.dumps({"next": None, "results": listed}).encode())
 
         host.reply = reply
-        assert (await to_host.poll(["p1", "p2", "p3"])).keys() == {"p1", "p2"}
+        assert (await polled(to_host, ["p1", "p2", "p3"])).keys() == {"p1", "p2"}
 
     async def test_when_nothing_was_read_the_failure_is_told(
         self, provider: ReplicateProvider, double: ReplicateServer
     ) -> None:
         double.configure(list_lag_seconds=3600)
         double.push_fault("get", "status", status=429, headers={"retry-after": "9"}, times=None)
-        error = await failure(provider.poll(["p1", "p2"]))
+        error = await failure(polled(provider, ["p1", "p2"]))
         assert error.failure_class is FailureClass.THROTTLED
         assert error.retry_after_seconds == 9
 
@@ -1118,7 +1118,7 @@ class TestFind:
         strange = [{"id": None, "status": "starting"}, {}, 7, None, {**good, "id": "a\x00b"}]
         host.reply = answer(json.dumps({"next": None, "results": [*strange, good]}).encode())
         assert [seen.id for seen in await to_host.find(SOUGHT, 60)] == ["p1"]
-        seen = await to_host.poll(["p1", "p2"])
+        seen = await polled(to_host, ["p1", "p2"])
         assert seen["p1"] is not None
         other = Sought(MODEL, {**INPUT, "seed": 8})
         assert (await failure(to_host.find(other, 60))).failure_class is FailureClass.TRANSIENT
