@@ -10,31 +10,29 @@ a hand-over, a lost lease) and the next owner goes on from there:
 
 import asyncio
 import random
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import clock
 from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
 from app.jobs.backpressure import Backpressure
-from app.jobs.models import Attempt, Job, JobPhase
+from app.jobs.models import Attempt, JobPhase
 from app.jobs.outputs import OutputKeeper
 from app.jobs.reconcile import ReconcilePolicy, Reconciler, known_prediction
-from app.jobs.repository import SUBMIT_WINDOW_SECONDS, Claim, JobRepository, Lease
+from app.jobs.repository import Claim, JobRepository, Lease
 from app.jobs.retry import Retry, RetryPolicy, decide
-from app.jobs.settlement import AttemptEnded, Settlement, settled
+from app.jobs.settlement import AttemptEnded, Settlement, ending, settled
+from app.jobs.submission import KnowsParameter, SubmitPolicy, Submitter, insistently
 from app.jobs.watch import PredictionWatcher
-from app.providers.base import Prediction, PredictionRequest, Provider
+from app.providers.base import Prediction, Provider
 from app.providers.outcome import raise_for_outcome
 
 # Jobs that are being begun at once in this process, from the claim until the answer to the create
@@ -42,13 +40,6 @@ from app.providers.outcome import raise_for_outcome
 # of those that are paid for. As many as the Replicate adapter holds open by `Prefer: wait`
 # (`HELD_WAITS`): at five seconds each, a dozen creates a second.
 BEGUN_AT_ONCE = 64
-# A seed is drawn below the first limit that the model takes. Fewer than 2**16 would not tell two
-# creates apart: a model that takes only smaller ones is left to draw its own.
-SEED_LIMITS = (2**31, 2**16)
-CREATE_GRACE_SECONDS = 2.0
-# For a database that is away just when something must be written down.
-RECORD_SECONDS = 30.0
-RECORD_PAUSE_SECONDS = 1.0
 
 
 class RunObserver(Protocol):
@@ -62,11 +53,6 @@ class RunObserver(Protocol):
         """It has claimed the job."""
         ...
 
-
-# Whether a model has a parameter, and takes a value for it: `ParameterChecker.knows`.
-KnowsParameter = Callable[..., Awaitable[bool]]
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -96,10 +82,8 @@ class LifecyclePolicy:
 
     retry: RetryPolicy
     job_deadline_seconds: float
-    cancel_after_seconds: float
-    webhook_base_url: str | None
+    submit: SubmitPolicy
     reconcile: ReconcilePolicy
-    ask_for_png: bool = True
 
 
 class Lifecycle:
@@ -121,11 +105,12 @@ class Lifecycle:
         """
         self._repository = repository
         self._beginnings = beginnings
-        self._provider = provider
         self._watcher = watcher
         self._keeper = keeper
-        self._knows_parameter = knows_parameter
         self._policy = policy
+        self._submitter = Submitter(
+            repository, beginnings, provider, knows_parameter, policy.submit
+        )
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
         self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
         self._backpressure = Backpressure()
@@ -201,7 +186,7 @@ class Lifecycle:
 
     async def _finish(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
         log.info("prediction_ended", prediction_id=prediction.id, status=prediction.status)
-        with _ending(attempt, prediction):
+        with ending(attempt, prediction):
             raise_for_outcome(prediction)
         await self._store(claim, attempt, prediction)
 
@@ -209,91 +194,10 @@ class Lifecycle:
         """Return the job's open attempt and its prediction: see the table above."""
         attempt = claim.attempt
         if attempt is None:
-            return await self._submit(claim)
+            return await self._submitter.submit(claim)
         # Not asked about one by one: a page of the list tells of a hundred that are resumed.
         known = known_prediction(attempt)
         return attempt, known or await self._reconciler.resolve(claim, attempt)
-
-    # --- submit ------------------------------------------------------------------------------
-
-    async def _submit(self, claim: Claim) -> tuple[Attempt, Prediction]:
-        request = await self._request(claim.job)
-        await self._provider.admit()
-        intended_at = clock.now()
-        attempt = await self._beginnings.begin_attempt(claim.lease, self._provider.name, request)
-        claim.attempt, claim.job.phase = attempt, JobPhase.SUBMITTING
-        structlog.contextvars.bind_contextvars(attempt=attempt.number)
-        creating = self._create(claim.lease, attempt, request, intended_at)
-        prediction = await _uninterrupted(creating)
-        log.info("prediction_created", prediction_id=prediction.id, status=prediction.status)
-        return attempt, prediction
-
-    async def _create(
-        self, lease: Lease, attempt: Attempt, request: PredictionRequest, intended_at: float
-    ) -> Prediction:
-        """Make the one create call of a committed intent, and commit the id it gives.
-
-        If we die before the call, or before the commit, the attempt stays `intent` and the
-        next owner reconciles.
-        """
-
-        async def may_send() -> bool:
-            nonlocal intended_at
-            while clock.now() - intended_at > SUBMIT_WINDOW_SECONDS:
-                intended_at = clock.now()
-                if not await self._repository.may_still_submit(lease, attempt.id):
-                    return False
-            return True
-
-        base_url = self._policy.webhook_base_url
-        webhook = f"{base_url}/{attempt.id}" if base_url else None
-        with _ending(attempt):
-            prediction = await self._provider.create(replace(request, webhook=webhook), may_send)
-        await self._record(lease, attempt, prediction)
-        return prediction
-
-    async def _record(self, lease: Lease, attempt: Attempt, prediction: Prediction) -> None:
-        """Commit the id, insistently: nobody but this process knows it yet."""
-        record = partial(self._repository.record_prediction, lease, attempt.id, prediction)
-        try:
-            if await _insistently(record):
-                return
-        except LeaseLost:
-            await self._leave(attempt, prediction)
-            raise
-        await self._leave(attempt, prediction)
-        # Another attempt with the same input adopted it, so that one's own may be ours.
-        raise ProviderError(
-            FailureClass.AMBIGUOUS,
-            "provider_outcome_pending",
-            "The prediction was taken over by another job.",
-        )
-
-    async def _leave(self, attempt: Attempt, prediction: Prediction) -> None:
-        """Leave a prediction to whoever its attempt belongs to by now; stop it if to nobody."""
-        await self._repository.adopt(attempt.id, prediction)
-        if await self._repository.is_known(self._provider.name, prediction.id):
-            return
-        log.error("prediction_unwanted", prediction_id=prediction.id)
-        with suppress(ProviderError):  # `Cancel-After` bounds what it costs
-            await self._provider.cancel(prediction.id)
-
-    async def _request(self, job: Job) -> PredictionRequest:
-        """Build the input: the client's parameters unchanged, with what only we know to want.
-
-        A seed makes the result reproducible and the input recognisable in the provider's list; a
-        PNG is kept as it is, where anything else would be decoded and encoded once more.
-        """
-        given: dict[str, Any] = {**job.parameters, "prompt": job.prompt}
-        knows = partial(self._knows_parameter, job.model_name)
-        if given.get("seed") is None and (seed := await _draw_seed(knows)) is not None:
-            given["seed"] = seed
-        wants_png = self._policy.ask_for_png and given.get("output_format") is None
-        if wants_png and await knows("output_format", "png"):
-            given["output_format"] = "png"
-        return PredictionRequest(job.model_name, given, round(self._policy.cancel_after_seconds))
-
-    # --- store and conclude ------------------------------------------------------------------
 
     async def _store(self, claim: Claim, attempt: Attempt, prediction: Prediction) -> None:
         """Keep the outputs, then commit `completed`.
@@ -302,7 +206,7 @@ class Lifecycle:
         """
         still_ours = self._ownership(claim.lease)
         decoding = partial(self._decoding, claim)
-        with _ending(attempt, prediction, permanent_only=True):
+        with ending(attempt, prediction, permanent_only=True):
             outputs = await self._keeper.keep(claim.job, attempt, prediction, still_ours, decoding)
         await self._repository.complete(claim.lease, outputs, settled(attempt, prediction))
 
@@ -322,7 +226,7 @@ class Lifecycle:
         finally:
             # Three crashes that never were would fail the job.
             end = self._repository.end_decoding
-            await _insistently(partial(end, claim.lease, crash_count))
+            await insistently(partial(end, claim.lease, crash_count))
 
     async def _conclude(
         self, claim: Claim, error: ProviderError, settlement: Settlement | None
@@ -370,59 +274,6 @@ class Lifecycle:
         )
         log.info("job_retries", code=error.code, delay_seconds=round(decision.delay_seconds, 2))
         return RunResult(Outcome.RETRY, error.code, decision.delay_seconds)
-
-
-async def _insistently(write: Callable[[], Awaitable[T]]) -> T:
-    """Make a write that must not be lost, again and again while the database is away."""
-    give_up_at = time.monotonic() + RECORD_SECONDS
-    while True:
-        try:
-            return await write()
-        except (SQLAlchemyError, OSError) as error:
-            if time.monotonic() > give_up_at:
-                raise
-            log.warning("write_repeated", error=type(error).__name__)
-            await asyncio.sleep(RECORD_PAUSE_SECONDS)
-
-
-async def _draw_seed(knows: KnowsParameter) -> int | None:
-    for limit in SEED_LIMITS:
-        seed = secrets.randbelow(limit)
-        if await knows("seed", seed):
-            return seed
-    return None
-
-
-async def _uninterrupted(creating: Coroutine[Any, Any, Prediction]) -> Prediction:
-    """Let a create end although its job is being stopped: half a create may be a paid one.
-
-    For at most `CREATE_GRACE_SECONDS`; what is abandoned then is reconciled by the next owner.
-    """
-    task = asyncio.create_task(creating)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        # Retrieved whenever it comes, or asyncio would report the failure as forgotten.
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        await asyncio.wait([task], timeout=CREATE_GRACE_SECONDS)
-        raise
-
-
-@contextmanager
-def _ending(
-    attempt: Attempt, prediction: Prediction | None = None, *, permanent_only: bool = False
-) -> Iterator[None]:
-    """Turn failures that end the attempt into `AttemptEnded`.
-
-    An AMBIGUOUS one never does; with `permanent_only` what may pass leaves it open too.
-    """
-    try:
-        yield
-    except ProviderError as error:
-        lasting = error.failure_class is FailureClass.PERMANENT
-        if error.failure_class is FailureClass.AMBIGUOUS or (permanent_only and not lasting):
-            raise
-        raise AttemptEnded(error, settled(attempt, prediction, error)) from error
 
 
 def _phase_to_keep(claim: Claim, error: ProviderError) -> JobPhase | None:

@@ -1,5 +1,7 @@
 """How an attempt ended, and whether it costs anything."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -36,6 +38,23 @@ class AttemptEnded(Exception):
         super().__init__(str(error))
         self.error = error
         self.settlement = settlement
+
+
+@contextmanager
+def ending(
+    attempt: Attempt, prediction: Prediction | None = None, *, permanent_only: bool = False
+) -> Iterator[None]:
+    """Turn failures that end the attempt into `AttemptEnded`.
+
+    An AMBIGUOUS one never does; with `permanent_only` what may pass leaves it open too.
+    """
+    try:
+        yield
+    except ProviderError as error:
+        lasting = error.failure_class is FailureClass.PERMANENT
+        if error.failure_class is FailureClass.AMBIGUOUS or (permanent_only and not lasting):
+            raise
+        raise AttemptEnded(error, settled(attempt, prediction, error)) from error
 
 
 def settled(

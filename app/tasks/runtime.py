@@ -25,6 +25,7 @@ from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository
 from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
+from app.jobs.submission import SubmitPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers import create_provider
 from app.providers.base import Provider
@@ -270,15 +271,17 @@ def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
             grace_seconds=settings.reconcile_grace_seconds,
         ),
         job_deadline_seconds=settings.job_deadline_seconds,
-        cancel_after_seconds=(
-            settings.starting_deadline_seconds + settings.running_deadline_seconds
+        submit=SubmitPolicy(
+            cancel_after_seconds=(
+                settings.starting_deadline_seconds + settings.running_deadline_seconds
+            ),
+            webhook_base_url=settings.webhook_base_url,
+            ask_for_png=not settings.store_original_format,
         ),
-        webhook_base_url=settings.webhook_base_url,
         reconcile=ReconcilePolicy(
             call_seconds=call_seconds,
             grace_seconds=settings.reconcile_grace_seconds,
             deadline_seconds=settings.reconcile_deadline_seconds,
             on_unknown_outcome=settings.on_unknown_outcome,
         ),
-        ask_for_png=not settings.store_original_format,
     )

@@ -27,6 +27,7 @@ from app.jobs.recovery import Recovery
 from app.jobs.repository import JobRepository, Lease
 from app.jobs.retention import RetentionPolicy
 from app.jobs.retry import RetryPolicy
+from app.jobs.submission import SubmitPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
@@ -200,8 +201,7 @@ POLICY = LifecyclePolicy(
         max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=GRACE_SECONDS
     ),
     job_deadline_seconds=60,
-    cancel_after_seconds=60,
-    webhook_base_url=None,
+    submit=SubmitPolicy(cancel_after_seconds=60, webhook_base_url=None),
     reconcile=ReconcilePolicy(
         call_seconds=0, grace_seconds=GRACE_SECONDS, deadline_seconds=30, on_unknown_outcome="fail"
     ),

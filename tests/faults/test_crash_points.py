@@ -234,11 +234,11 @@ WAYS: list[Callable[[Stage], Awaitable[None]]] = [
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("app.jobs.lifecycle", "app.jobs.repository.statements"):
+    for name in ("app.jobs.submission", "app.jobs.repository.statements"):
         monkeypatch.setattr(f"{name}.SUBMIT_WINDOW_SECONDS", stoppable.SUBMIT_WINDOW_SECONDS)
     monkeypatch.setattr("app.jobs.repository.ledger.STOP_AGAIN_SECONDS", 0)
     monkeypatch.setattr("app.jobs.cancellation.WAIT_SECONDS", 2.0)
-    monkeypatch.setattr("app.jobs.lifecycle.CREATE_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("app.jobs.submission.CREATE_GRACE_SECONDS", 0.1)
     monkeypatch.setattr("app.jobs.retry.INTERNAL_DELAY_SECONDS", 0)
     monkeypatch.setattr("app.jobs.orphans.PATIENCE_SECONDS", 0)
     tls = httpx.create_ssl_context()  # reading the roots for each worker would cost 30 ms

@@ -16,7 +16,7 @@ from app.jobs.repository.records import Lease
 from app.jobs.settlement import Settlement
 from app.providers.base import Prediction
 
-# A create call begins within this time of its intent (see `Lifecycle`), or not at all.
+# A create call begins within this time of its intent (see `Submitter`), or not at all.
 SUBMIT_WINDOW_SECONDS = 1.0
 MAX_CRASHES = 3
 

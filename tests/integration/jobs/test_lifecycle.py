@@ -16,7 +16,7 @@ import pytest
 
 from app.config import Settings
 from app.errors import FailureClass, ProviderError
-from app.jobs import lifecycle as module
+from app.jobs import submission
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import Job, JobStatus
 from app.jobs.outputs import OutputKeeper
@@ -25,6 +25,7 @@ from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import JobRepository, NewJob
 from app.jobs.retry import RetryPolicy
 from app.jobs.settlement import absent
+from app.jobs.submission import SubmitPolicy
 from app.jobs.watch import PredictionWatcher
 from app.providers.base import PredictionRequest
 from app.providers.replicate import ReplicateProvider
@@ -127,8 +128,7 @@ async def parts(
     policy = LifecyclePolicy(
         retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=0),
         job_deadline_seconds=60,
-        cancel_after_seconds=60,
-        webhook_base_url=None,
+        submit=SubmitPolicy(cancel_after_seconds=60, webhook_base_url=None),
         reconcile=ReconcilePolicy(
             call_seconds=0, grace_seconds=0, deadline_seconds=30, on_unknown_outcome="fail"
         ),
@@ -183,7 +183,8 @@ class TestOutcomes:
     async def test_who_stores_the_original_format_asks_for_none(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
-        parts.lifecycle._policy = replace(parts.lifecycle._policy, ask_for_png=False)
+        submitter = parts.lifecycle._submitter
+        submitter._policy = replace(submitter._policy, ask_for_png=False)
         await parts.run(await parts.add())
         assert "output_format" not in replicate.creates()[0].input
 
@@ -202,7 +203,7 @@ class TestOutcomes:
             return {"type": "object", "properties": properties}
 
         checker = ParameterChecker(schema)
-        monkeypatch.setattr(parts.lifecycle, "_knows_parameter", checker.knows)
+        monkeypatch.setattr(parts.lifecycle._submitter, "_knows_parameter", checker.knows)
         for _ in range(5):
             await parts.run(await parts.add())
         seeds = [create.input.get("seed") for create in replicate.creates()]
@@ -548,7 +549,7 @@ class TestLostCreates:
     ) -> None:
         """Created, and the id could not be written down: the list may show it late."""
         for name in ("RECORD_SECONDS", "RECORD_PAUSE_SECONDS"):
-            monkeypatch.setattr(module, name, 0)
+            monkeypatch.setattr(submission, name, 0)
         parts.change_reconcile_policy(call_seconds=1, grace_seconds=2)
         replicate.configure(list_lag_seconds=1.5)
         job_id = await parts.add()
@@ -585,7 +586,7 @@ class TestLostCreates:
     async def test_its_id_is_kept_although_the_database_is_away_for_a_moment(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "RECORD_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(submission, "RECORD_PAUSE_SECONDS", 0)
         record, failures = parts.repository.record_prediction, [ConnectionRefusedError()] * 3
 
         async def failing(*args: Any) -> bool:
@@ -821,7 +822,7 @@ class TestPausedWorker:
             return attempt
 
         monkeypatch.setattr(parts.repository, "begin_attempt", begin_then_pause)
-        monkeypatch.setattr(module, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(submission, "SUBMIT_WINDOW_SECONDS", 0)
         assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
         assert replicate.creates() == []
 
@@ -851,7 +852,7 @@ class TestCrashCount:
     async def test_a_database_that_fails_is_no_crash(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "RECORD_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(submission, "RECORD_PAUSE_SECONDS", 0)
         end, failures = parts.repository.end_decoding, [ConnectionRefusedError()] * 3
 
         async def failing(*args: Any) -> None:

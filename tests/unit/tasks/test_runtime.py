@@ -13,6 +13,7 @@ from app.config import Settings
 from app.jobs.lifecycle import Outcome, RunResult
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import Lease
+from app.jobs.submission import SubmitPolicy
 from app.tasks.runs import Run, RunRegistry
 from app.tasks.runtime import Runtime, _end_with, _note, _policy, _watcher
 
@@ -91,8 +92,8 @@ def test_every_budget_goes_where_it_belongs(public: str | None, reports_to: str 
         reconcile_deadline_seconds=1005,
     )
     policy = _policy(settings, call_seconds=7)
-    assert (policy.job_deadline_seconds, policy.cancel_after_seconds) == (1001, 1002 + 1003)
-    assert policy.webhook_base_url == reports_to
+    assert policy.job_deadline_seconds == 1001
+    assert policy.submit == SubmitPolicy(1002 + 1003, reports_to)
     expected = ReconcilePolicy(7, 104, 1005, "fail")
     assert policy.reconcile == expected
     watcher = _watcher(settings, cast(Any, None))
