@@ -46,7 +46,7 @@ def test_f30_cancels_at_every_moment_stick(start_stack: StartStack, scenario: Sc
     One terminal state each; the provider is told whenever there is a prediction; no create is
     called after a confirmed cancel.
     """
-    patient = {"RETRY_BACKOFF_FACTOR": "60", "REPLICATE_TIMEOUT_SECONDS": "12"}
+    patient = {"RETRY_BACKOFF_FACTOR": "60", "REPLICATE_TIMEOUT_SECONDS": "5"}
     stack = start_stack(DOWNLOAD_CONCURRENCY="64", **patient)
     each = sized(5, 50)
     _hold_jobs_at_their_moments(stack)
@@ -81,7 +81,7 @@ def _hold_jobs_at_their_moments(stack: Stack) -> None:
     lives = {"while-it-starts": starting, "while-it-runs": running}
     for words, sequence in lives.items():
         push("create", "status_sequence", sequence=sequence, prompt_contains=words, times=None)
-    push("create", "delay", seconds=8, prompt_contains=MOMENTS[1], times=None)
+    push("create", "delay", seconds=3, prompt_contains=MOMENTS[1], times=None)
     push("create", "accept_then_drop", prompt_contains=MOMENTS[2], times=None)
     push("download", "slow", bytes_per_second=20, prompt_contains=MOMENTS[5], times=None)
     push("create", "fail", prompt_contains=MOMENTS[6], times=None)
