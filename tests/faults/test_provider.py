@@ -77,7 +77,7 @@ def test_f13_late_create_answers_outlive_their_worker(
 def test_f14_what_nobody_can_prove_is_paid_again_where_that_is_wanted(
     start_stack: StartStack, scenario: Scenario
 ) -> None:
-    """10 creates are lost as in the other F14, ON_UNKNOWN_OUTCOME=resubmit: all are completed."""
+    """8 creates are lost as in the other F14, ON_UNKNOWN_OUTCOME=resubmit: all are completed."""
     stack = start_stack(ON_UNKNOWN_OUTCOME="resubmit", **NOBODY_TELLS)
     stack.replicate.push_fault("create", "accept_then_drop", times=8)
     stack.replicate.push_fault("list", "status", status=403, times=None)
@@ -86,10 +86,10 @@ def test_f14_what_nobody_can_prove_is_paid_again_where_that_is_wanted(
     assert stack.counts() == {"completed": 8}
     outcomes = [attempt["outcome"] for attempt in attempts_about(stack)]
     assert outcomes.count("unknown") == 8
-    summary = check(stack, may_pay_again=True)
-    assert summary.created_twice == 8
-    # In a report it would look like the broken promise, which it is not.
-    scenario.record(**vars(summary) | {"created_twice": 0}, paid_again=summary.created_twice)
+    figures = {**vars(check(stack, may_pay_again=True))}
+    paid_again = figures.pop("created_twice")  # as it was wanted: the promise is not broken
+    assert paid_again == 8
+    scenario.record(**figures, paid_again=paid_again)
 
 
 @full_only
@@ -387,7 +387,7 @@ def test_deadlines_end_what_nobody_brings_on(start_stack: StartStack, scenario: 
     for words, code in codes.items():
         found = jobs_about(stack, f" {words}")
         assert [(job["status"], job["error_code"]) for job in found] == [("failed", code)] * jobs
-    late = [(job["completed_at"] - job["deadline_at"]).total_seconds() for job in found]
+    late = [(job["completed_at"] - job["deadline_at"]).total_seconds() for job in jobs_about(stack)]
     _record(scenario, stack, failures=set(codes.values()), latest_seconds=max(late))
 
 
