@@ -1,81 +1,63 @@
 """An API process that dies in the middle of requests: F10."""
 
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from uuid import uuid4
 
 import httpx
 
-from tests.faults.harness import MODEL, Stack, StartStack
+from tests.faults.harness import MODEL, Stack, StartStack, wait_for
 from tests.faults.oracle import check
 from tests.faults.report import Scenario, sized
 
-# Below what one API process answers, so that the posts last through several kills.
-POSTS_PER_SECOND = 20
+CLIENTS = 16
+LIVES = sized(3, 8)
+KEYS_PER_LIFE = 40
+# An API dies after so few of them that most clients are in the middle of a request.
+ANSWERS_PER_LIFE = 5
 PATIENCE_SECONDS = 60.0
-ANSWERS_PER_LIFE = 5  # on the average
 
 
 def test_f10_the_api_dies_while_clients_post(start_stack: StartStack, scenario: Scenario) -> None:
-    """300 POSTs with an Idempotency-Key each, the API killed every second, clients repeat.
+    """320 POSTs with an Idempotency-Key each, the API killed among them, clients repeat.
 
-    300 keys are exactly 300 jobs; each key asked again, after all, names the same job.
+    320 keys are exactly 320 jobs; each key asked again, after all, names the same job.
     """
     stack = start_stack()
-    keys = [uuid4().hex for _ in range(sized(80, 300))]
-    with _killed_every_second(stack) as kills:
-        jobs = _post_all(stack, keys)
-    assert len(kills) >= 2
-    assert len(set(jobs.values())) == len(keys)
-    assert _post_all(stack, keys) == jobs
+    keys = [uuid4().hex for _ in range(LIVES * KEYS_PER_LIFE)]
+    jobs = _post_through_lives(stack, keys)
+    assert len(set(jobs)) == len(keys)
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        assert list(clients.map(lambda key: _post_until_answered(stack, key), keys)) == jobs
     assert stack.query("SELECT count(*) FROM jobs") == [(len(keys),)]
     stack.wait_until_done()
     unanswered = sum(answer.status == 0 for answer in stack.answers)
     assert unanswered
-    scenario.record(kills=len(kills), unanswered_posts=unanswered, **vars(check(stack)))
+    scenario.record(kills=LIVES - 1, unanswered_posts=unanswered, **vars(check(stack)))
 
 
-@contextmanager
-def _killed_every_second(stack: Stack) -> Iterator[list[float]]:
-    """Kill the API and start it again and again; yield the kills' times.
+def _post_through_lives(stack: Stack, keys: Sequence[str]) -> list[str]:
+    """POST once for each key; return the jobs' ids.
 
-    Each life lasts a second, and longer until it has answered some of the posts: on a busy machine
-    16 of them at once are all answered late, and with lives of a second never.
+    What ends a life is how many it has answered, not a time: each has posts to break off, however
+    slow the machine.
     """
-    kills: list[float] = []
-    over = threading.Event()
-
-    def kill() -> None:
-        while not over.wait(1):
-            if len(stack.accepted) < ANSWERS_PER_LIFE * (len(kills) + 1):
-                continue
-            stack.apis[-1].kill()
-            kills.append(time.time())
-            stack.start_api()
-
-    with stack.outage():
-        killing = threading.Thread(target=kill)
-        killing.start()
-        try:
-            yield kills
-        finally:
-            over.set()
-            killing.join()
+    posts: list[Future[str]] = []
+    with stack.outage(), ThreadPoolExecutor(CLIENTS) as clients:
+        for begin in range(0, len(keys), KEYS_PER_LIFE):
+            if begin:
+                _die(stack, answers=begin - KEYS_PER_LIFE + ANSWERS_PER_LIFE)
+            new = keys[begin : begin + KEYS_PER_LIFE]
+            posts += [clients.submit(_post_until_answered, stack, key) for key in new]
+        return [post.result() for post in posts]
 
 
-def _post_all(stack: Stack, keys: list[str]) -> dict[str, str]:
-    """POST once for each key, each at its time; return the job's id by key."""
-    begin = time.monotonic()
-
-    def post(number: int) -> str:
-        time.sleep(max(0.0, begin + number / POSTS_PER_SECOND - time.monotonic()))
-        return _post_until_answered(stack, keys[number])
-
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(keys, pool.map(post, range(len(keys))), strict=True))
+def _die(stack: Stack, answers: int) -> None:
+    """Kill the API once it has given so many answers, and start another."""
+    wait_for(lambda: len(stack.accepted) >= answers, "answers", PATIENCE_SECONDS)
+    stack.apis[-1].kill()
+    stack.start_api()
 
 
 def _post_until_answered(stack: Stack, key: str) -> str:
