@@ -1,5 +1,6 @@
-"""A process that gives back does not keep what it has read."""
+"""A process does not keep what it has read."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -29,6 +30,26 @@ if sys.argv[1] == "given back":
 print(resident() - before - sum(map(len, pieces)) // 1024)
 """
 
+# Each large block is a mapping of its own, the second as well: glibc by itself takes it from its
+# heap as soon as it has seen one freed. `hblks` (mallinfo(3)) counts the mappings.
+MAPPINGS = """
+import ctypes
+from app.tasks import memory
+
+class Mallinfo2(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+{call}
+for _ in range(2):
+    before = mallinfo2().hblks
+    block = bytearray(256 * 1024)
+    print(mallinfo2().hblks - before, end=" ")
+    del block
+"""
+
 
 def grown_kib(how: str) -> int:
     process = [sys.executable, "-c", GROWTH, how]
@@ -38,3 +59,15 @@ def grown_kib(how: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_large_buffers_are_given_back() -> None:
     assert grown_kib("given back") < grown_kib("as it is") / 2
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc 2.33 or later")
+@pytest.mark.parametrize(
+    ("call", "mappings"),
+    [("memory.use_one_heap()", "1 1"), ("", "1 0")],
+    ids=["with one heap", "by itself"],
+)
+def test_each_large_block_comes_from_the_system(call: str, mappings: str) -> None:
+    process = [sys.executable, "-c", MAPPINGS.format(call=call)]
+    done = subprocess.run(process, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == mappings.split()
