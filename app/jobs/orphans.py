@@ -14,7 +14,8 @@ from app.jobs.repository import JobRepository, Orphan
 from app.jobs.settlement import Settlement, absent, settled, unknown
 from app.providers.base import Prediction, Provider
 
-# A create call that no list has shown after this long is taken for never received.
+# A create call that no list has shown after this long, and the grace of a reconcile, is taken for
+# never received.
 PATIENCE_SECONDS = 120.0
 # Replicate forgets inputs after an hour, and no prediction runs as long.
 MEMORY_SECONDS = 3600.0
@@ -30,9 +31,11 @@ log = structlog.get_logger(__name__)
 class OrphanStopper:
     """Cancels orphaned predictions, and closes their attempts."""
 
-    def __init__(self, repository: JobRepository, provider: Provider) -> None:
+    def __init__(self, repository: JobRepository, provider: Provider, grace_seconds: float) -> None:
+        """`grace_seconds` is for how long the provider's list may not show a create."""
         self._repository = repository
         self._provider = provider
+        self._grace_seconds = grace_seconds
         self._nudged = asyncio.Event()
         self._turns = asyncio.Semaphore(STOPS_AT_ONCE)
         self._in_hand: set[UUID] = set()  # the attempts
@@ -95,7 +98,7 @@ class OrphanStopper:
 
     async def _stopped(self, orphan: Orphan) -> Settlement | None:
         """Cancel the prediction; return how the attempt has ended, None if nobody knows yet."""
-        attempt, is_old = orphan.attempt, orphan.age_seconds > PATIENCE_SECONDS
+        attempt, is_old = orphan.attempt, self._is_old(orphan)
         if attempt.prediction_id is None:
             return absent(attempt) if is_old else None
         prediction = await self._provider.cancel(attempt.prediction_id)
@@ -111,17 +114,20 @@ class OrphanStopper:
         seen = await self._provider.find(sought, orphan.age_seconds)
         found = [prediction for prediction in seen if sought.is_surely(prediction)]
         if found and not sought.has_own_seed and await self._repository.has_twin(attempt):
-            if orphan.age_seconds > PATIENCE_SECONDS:
+            if self._is_old(orphan):
                 raise _unknown("A prediction of this input may be another job's.")
             return None  # it may be the other's, and that one is wanted
         for prediction in found:
             if await self._repository.adopt(attempt.id, prediction):
                 return prediction.id
-        if orphan.age_seconds > PATIENCE_SECONDS:
+        if self._is_old(orphan):
             strangers = [other for other in seen if not sought.is_surely(other)]
             if await self._repository.any_unknown(self._provider.name, strangers):
                 raise _unknown("A prediction is listed that may be it, and is no other job's.")
         return None
+
+    def _is_old(self, orphan: Orphan) -> bool:
+        return orphan.age_seconds > PATIENCE_SECONDS + self._grace_seconds
 
 
 def _unknown(message: str) -> ProviderError:

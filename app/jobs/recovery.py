@@ -16,7 +16,6 @@ from app.jobs.redelivery import Doorbell, Redelivery, Runs
 from app.jobs.repository import JobRepository, Lease
 from app.jobs.retention import RetentionPolicy, enforce_retention
 from app.jobs.strays import remove_strays
-from app.providers.base import Provider
 from app.storage.base import Storage
 from app.storage.workspaces import remove_leftovers
 
@@ -43,7 +42,7 @@ class Recovery:
         self,
         repository: JobRepository,
         heartbeats: JobRepository,
-        provider: Provider,
+        orphans: OrphanStopper,
         doorbell: Doorbell,
         runs: Runs,
         storage: Storage,
@@ -71,7 +70,7 @@ class Recovery:
         self._lost: set[Lease] = set()
         self._heard_at = clock.now()
         self._unheard_until = 0.0
-        self.orphans = OrphanStopper(repository, provider)
+        self.orphans = orphans
         self.redelivery = Redelivery(repository, doorbell, runs, concurrency=concurrency)
         self.living_workers = 1
         # Set by the first heartbeat: now this worker has a row, and may own jobs.

@@ -18,6 +18,7 @@ from app.config import Settings
 from app.db import POOL_TIMEOUT_SECONDS, create_engine, create_sessions
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import JobStatus
+from app.jobs.orphans import OrphanStopper
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
@@ -132,7 +133,7 @@ class Runtime:
         return Recovery(
             self._repository,
             self._open_database(HEARTBEAT_CONNECTIONS),
-            self._provider,
+            OrphanStopper(self._repository, self._provider, settings.reconcile_grace_seconds),
             doorbell,
             self._runs,
             storage,

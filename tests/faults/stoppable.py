@@ -20,6 +20,7 @@ from app.config import Settings
 from app.db import create_engine, create_sessions
 from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome
 from app.jobs.models import Job
+from app.jobs.orphans import OrphanStopper
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
 from app.jobs.reconcile import ReconcilePolicy
@@ -171,7 +172,7 @@ async def stoppable_worker(
     recovery = Recovery(
         repository,
         repository,
-        provider,
+        OrphanStopper(repository, provider, grace_seconds=0),
         _NoDoorbell(),
         _NoRuns(),
         storage,

@@ -18,6 +18,7 @@ from app.config import Settings
 from app.errors import FailureClass, ProviderError, StorageError
 from app.jobs import orphans, recovery, redelivery
 from app.jobs.models import Charged, JobStatus
+from app.jobs.orphans import OrphanStopper
 from app.jobs.recovery import Recovery
 from app.jobs.repository import Claim, JobRepository, Lease, NewJob, client, ledger, statements
 from app.jobs.retention import RetentionPolicy
@@ -129,7 +130,7 @@ async def worker(
     recovery = Recovery(
         repository,
         repository,
-        provider,
+        OrphanStopper(repository, provider, grace_seconds=0),
         doorbell,
         runs,
         create_storage(settings),
@@ -503,6 +504,20 @@ class TestOrphans:
         await worker.recovery.orphans.stop_lost_orphans()
         assert await worker.repository.take_orphans(10, known=False) == []
         assert replicate.creates() == []
+
+    async def test_one_is_looked_for_until_the_list_must_show_it(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
+        monkeypatch.setattr(orphans, "PATIENCE_SECONDS", 0)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        for grace_seconds, left in ((600, 1), (0, 0)):
+            stopper = OrphanStopper(worker.repository, worker.provider, grace_seconds)
+            await stopper.stop_lost_orphans()
+            assert len(await worker.repository.take_orphans(10, known=False)) == left
 
     async def test_one_that_nobody_can_tell_of_does_not_stop_the_others(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
