@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -278,4 +279,8 @@ def _print(audit: Audit, *, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    # Not sys.exit: a thread of obstore's that is still in Python while that ends aborts the process
+    # (134, without a word). See github.com/PyO3/pyo3-async-runtimes/issues/40.
+    os._exit(code)
