@@ -49,13 +49,14 @@ class ParameterChecker:
     async def check(self, model_name: str, parameters: Mapping[str, Any]) -> list[str]:
         """Return warnings naming the parameters that the model does not know.
 
-        Waits at most `WAIT_SECONDS` for the schema; without one nothing is checked.
+        Waits at most `WAIT_SECONDS` for the schema, the first time that the model is named;
+        without one nothing is checked.
         Raises: InvalidInput - a value the model would refuse, or a required one that is missing.
         """
         if "prompt" in parameters:
             fault = (("body", "parameters", "prompt"), "must be given as the body's own `prompt`")
             raise InvalidInput("The parameters would overwrite the prompt.", [fault])
-        schema = await self._schema(model_name)
+        schema = await self._schema(model_name, wait_again=False)
         if schema is None:
             return []
         faults = _faults(schema, parameters)
@@ -68,7 +69,7 @@ class ParameterChecker:
 
         False without a schema.
         """
-        schema = await self._schema(model_name)
+        schema = await self._schema(model_name, wait_again=True)
         if schema is None or not isinstance(schema.schema, dict):
             return False
         if name not in (schema.schema.get("properties") or {}):
@@ -81,20 +82,24 @@ class ParameterChecker:
             task.cancel()
         await asyncio.gather(*self._fetches, return_exceptions=True)
 
-    async def _schema(self, model_name: str) -> Validator | None:
+    async def _schema(self, model_name: str, *, wait_again: bool) -> Validator | None:
+        """Return what is known; `wait_again` for a model that had no schema when last asked.
+
+        A POST does not: with Redis or the provider away it would, every 30 seconds.
+        """
         now = self._clock()
         entry = self._entries.get(model_name)
         if entry is None or entry.is_stale(now):
-            entry = self._start(model_name, now, entry.known if entry else None) or entry
+            entry = self._start(model_name, now, entry) or entry
         if entry is None:
             return None
-        if not entry.task.done():
+        if entry.known is None and (entry.is_first or wait_again):
             # From the fetch's start: while one hangs, later requests do not wait for it again.
             left = entry.started_at + WAIT_SECONDS - now
             await asyncio.wait({entry.task}, timeout=max(left, 0))
         return entry.known
 
-    def _start(self, model_name: str, now: float, before: Validator | None) -> "_Entry | None":
+    def _start(self, model_name: str, now: float, last: "_Entry | None") -> "_Entry | None":
         """Begin one fetch that every request for the model shares, if not too many are open."""
         if len(self._fetches) >= MAX_FETCHES:
             return None
@@ -104,7 +109,8 @@ class ParameterChecker:
         task = asyncio.create_task(self._load(model_name), name=f"input-schema {model_name}")
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
-        entry = self._entries[model_name] = _Entry(task, now, before)
+        entry = _Entry(task, now, is_first=last is None, before=last.known if last else None)
+        self._entries[model_name] = entry
         return entry
 
     async def _load(self, model_name: str) -> Validator | None:
@@ -121,6 +127,7 @@ class ParameterChecker:
 class _Entry:
     task: asyncio.Task[Validator | None]
     started_at: float
+    is_first: bool
     before: Validator | None
 
     @property

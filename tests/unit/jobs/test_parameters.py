@@ -266,6 +266,7 @@ class TestCache:
         for moment in (3600, 3631, 7199):
             clock.now = 1000.0 + moment
             await checker.check("a/b", {"image": "x"})
+            await asyncio.gather(*checker._fetches)
             assert schemas.fetched == ["a/b", "a/b"]
 
     @pytest.mark.parametrize("answer", [None, RuntimeError("away")])
@@ -278,8 +279,18 @@ class TestCache:
         assert len(schemas.fetched) == 1
         clock.now = 1000.0 + 30
         schemas.answer = SCHEMA
+        assert await checker.check("a/b", {"width": "x"}) == []  # it does not wait again
+        await asyncio.gather(*checker._fetches)
         with pytest.raises(InvalidInput):
             await checker.check("a/b", {"width": "x"})
+
+    async def test_a_create_waits_again_for_what_was_missed(self) -> None:
+        schemas, clock = Schemas(RuntimeError("away")), Clock()
+        checker = ParameterChecker(schemas.fetch, clock)
+        assert not await checker.knows("a/b", "width")
+        clock.now += 30
+        schemas.answer = SCHEMA
+        assert await checker.knows("a/b", "width")
 
     @pytest.mark.parametrize("hangs", [True, False])
     async def test_what_was_known_is_while_the_provider_is_away(
@@ -298,6 +309,8 @@ class TestCache:
         await asyncio.sleep(0)
         schemas.answer = {"properties": {}}
         clock.now += 30
+        assert await checker.knows("a/b", "width")  # nobody waits for the new one
+        await asyncio.gather(*checker._fetches)
         assert not await checker.knows("a/b", "width")
         assert len(schemas.fetched) == 3
 
