@@ -13,9 +13,7 @@ SETTING = re.compile(r"(?P<comment># )?(?P<name>[A-Z][A-Z0-9_]*)=(?P<value>.*)")
 
 DOCUMENTED = {
     "DATABASE_URL": "postgresql+asyncpg://fleek:fleek123@localhost:5432/fleek_media",
-    "DATABASE_URL_SYNC": "postgresql://fleek:fleek123@localhost:5432/fleek_media",
     "REDIS_URL": "redis://localhost:6379/0",
-    "CELERY_BROKER_URL": "redis://localhost:6379/0",
     "CELERY_RESULT_BACKEND": "redis://localhost:6379/0",
     "API_HOST": "0.0.0.0",
     "API_PORT": "8000",
