@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     retry_backoff_factor: float = Field(2, ge=1, le=60)
     retry_backoff_max_seconds: Seconds = 300
     reconcile_grace_seconds: float = Field(5, ge=0, le=600)
-    reconcile_deadline_seconds: Seconds = 300
+    reconcile_deadline_seconds: Seconds = 1800
     on_unknown_outcome: Literal["fail", "resubmit"] = "fail"
     queue_deadline_seconds: Seconds = 3600
     job_deadline_seconds: Seconds = 3600

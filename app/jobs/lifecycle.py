@@ -26,7 +26,12 @@ from app.errors import FailureClass, LeaseLost, ProviderError, StorageError
 from app.jobs.backpressure import Backpressure
 from app.jobs.models import Attempt, JobPhase
 from app.jobs.outputs import OutputKeeper
-from app.jobs.reconcile import ReconcilePolicy, Reconciler, known_prediction
+from app.jobs.reconcile import (
+    ReconcilePolicy,
+    Reconciler,
+    check_provider,
+    known_prediction,
+)
 from app.jobs.repository import Claim, JobRepository, Lease
 from app.jobs.retry import Retry, RetryPolicy, decide
 from app.jobs.settlement import AttemptEnded, Settlement, ending, settled
@@ -40,6 +45,13 @@ from app.providers.outcome import raise_for_outcome
 # of those that are paid for. As many as the Replicate adapter holds open by `Prefer: wait`
 # (`HELD_WAITS`): at five seconds each, a dozen creates a second.
 BEGUN_AT_ONCE = 64
+# Fewer where the rate is low: whoever waits for it is claimed, and its deadline counts.
+BEGUN_AHEAD_MINUTES = 0.5
+
+
+def begun_at_once(creates_per_minute: float) -> int:
+    """Return how many jobs a worker begins at once where the provider's rate is this."""
+    return max(1, min(BEGUN_AT_ONCE, round(BEGUN_AHEAD_MINUTES * creates_per_minute)))
 
 
 class RunObserver(Protocol):
@@ -82,6 +94,7 @@ class LifecyclePolicy:
 
     retry: RetryPolicy
     job_deadline_seconds: float
+    begun_at_once: int
     submit: SubmitPolicy
     reconcile: ReconcilePolicy
 
@@ -105,6 +118,7 @@ class Lifecycle:
         """
         self._repository = repository
         self._beginnings = beginnings
+        self._provider = provider
         self._watcher = watcher
         self._keeper = keeper
         self._policy = policy
@@ -112,7 +126,7 @@ class Lifecycle:
             repository, beginnings, provider, knows_parameter, policy.submit
         )
         self._reconciler = Reconciler(repository, provider, policy.reconcile)
-        self._turns = asyncio.Semaphore(BEGUN_AT_ONCE)
+        self._turns = asyncio.Semaphore(policy.begun_at_once)
         self._backpressure = Backpressure()
 
     async def run(
@@ -195,6 +209,7 @@ class Lifecycle:
         attempt = claim.attempt
         if attempt is None:
             return await self._submitter.submit(claim)
+        check_provider(attempt, self._provider)
         # Not asked about one by one: a page of the list tells of a hundred that are resumed.
         known = known_prediction(attempt)
         return attempt, known or await self._reconciler.resolve(claim, attempt)

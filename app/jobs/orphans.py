@@ -9,7 +9,7 @@ import structlog
 from app.errors import FailureClass, ProviderError
 from app.jobs.duty import repeat
 from app.jobs.models import Attempt
-from app.jobs.reconcile import sought_by
+from app.jobs.reconcile import check_provider, made_within_seconds, sought_by
 from app.jobs.repository import JobRepository, Orphan
 from app.jobs.settlement import Settlement, absent, settled, unknown
 from app.providers.base import Prediction, Provider
@@ -36,7 +36,7 @@ class OrphanStopper:
         self._repository = repository
         self._provider = provider
         self._grace_seconds = grace_seconds
-        self._nudged = asyncio.Event()
+        self._nudged, self._lost_nudged = asyncio.Event(), asyncio.Event()
         self._turns = asyncio.Semaphore(STOPS_AT_ONCE)
         self._in_hand: set[UUID] = set()  # the attempts
 
@@ -48,11 +48,12 @@ class OrphanStopper:
                 await self.stop_orphans(tasks)
 
             tasks.create_task(repeat(seconds, stop_orphans, nudge=self._nudged))
-            tasks.create_task(repeat(seconds, self.stop_lost_orphans))
+            tasks.create_task(repeat(seconds, self.stop_lost_orphans, nudge=self._lost_nudged))
 
     def nudge(self) -> None:
         """Look now rather than at the next round: a job was cancelled."""
         self._nudged.set()
+        self._lost_nudged.set()
 
     async def stop_orphans(self, tasks: asyncio.TaskGroup) -> None:
         """Begin to stop those whose prediction is known.
@@ -87,6 +88,7 @@ class OrphanStopper:
     async def _try_to_stop(self, orphan: Orphan) -> None:
         attempt = orphan.attempt
         try:
+            check_provider(attempt, self._provider)
             attempt.prediction_id = attempt.prediction_id or await self._find(orphan)
             async with self._turns:
                 settlement = await self._stopped(orphan)
@@ -111,7 +113,8 @@ class OrphanStopper:
         """Return the prediction of a create whose answer was lost, unless another job has it."""
         attempt = orphan.attempt
         sought = sought_by(attempt, orphan.given_seed)
-        seen = await self._provider.find(sought, orphan.age_seconds)
+        since = made_within_seconds(attempt, orphan.age_seconds)
+        seen = await self._provider.find(sought, since)
         found = [prediction for prediction in seen if sought.is_surely(prediction)]
         if found and not sought.has_own_seed and await self._repository.has_twin(attempt):
             if self._is_old(orphan):

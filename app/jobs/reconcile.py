@@ -8,7 +8,6 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Literal
-from uuid import UUID
 
 import structlog
 
@@ -45,21 +44,11 @@ class _Age:
     """The age of the intent, from the database's clock and then our own."""
 
     at_claim_seconds: float
-    attempt_id: UUID
     _claimed_at: float = field(default_factory=clock.now)
 
     @property
     def seconds(self) -> float:
         return self.at_claim_seconds + clock.now() - self._claimed_at
-
-    @property
-    def at_most_seconds(self) -> float:
-        """How far back to look: further where its writer's clock says so.
-
-        The database's may have been set back since, and what is not looked at is taken for lost.
-        """
-        written_at = (self.attempt_id.int >> 80) / 1000  # UUIDv7 begins with milliseconds
-        return max(self.seconds, time.time() - written_at)
 
 
 @dataclass(slots=True)
@@ -84,6 +73,15 @@ class _Silence:
         return now - self._since
 
 
+def made_within_seconds(attempt: Attempt, age_seconds: float) -> float:
+    """Return how far back to look for an attempt of this age: further where its writer says so.
+
+    The database's clock may have been set back since, and what is not looked at is taken for lost.
+    """
+    written_at = (attempt.id.int >> 80) / 1000  # UUIDv7 begins with milliseconds
+    return max(age_seconds, time.time() - written_at)
+
+
 def sought_by(attempt: Attempt, given_seed: object) -> Sought:
     """Return what an attempt asked for, to look for it; `given_seed` is the client's, or None.
 
@@ -91,6 +89,19 @@ def sought_by(attempt: Attempt, given_seed: object) -> Sought:
     """
     is_ours = given_seed is None and attempt.input.get("seed") is not None
     return Sought(attempt.model_name, attempt.input, has_own_seed=is_ours)
+
+
+def check_provider(attempt: Attempt, provider: Provider) -> None:
+    """Raise ProviderError if the attempt was begun at another provider, which alone knows of it.
+
+    A worker that was started without its token has the mock: it must not draw what is paid for.
+    """
+    if attempt.provider != provider.name:
+        raise ProviderError(
+            FailureClass.INTERNAL,
+            "provider_changed",
+            f"This was begun at the provider {attempt.provider}; the service has another one now.",
+        )
 
 
 def known_prediction(attempt: Attempt) -> Prediction | None:
@@ -117,7 +128,7 @@ class Reconciler:
         Raises: ProviderError to look again later; AttemptEnded when it is certain that there is
         none, or that nobody will ever know; LeaseLost.
         """
-        age = _Age(claim.attempt_age_seconds, attempt.id)
+        age = _Age(claim.attempt_age_seconds)
         if claim.job.phase is JobPhase.SUBMITTING:
             prediction = await self._outwait(claim, attempt, age)
         else:
@@ -174,7 +185,7 @@ class Reconciler:
     async def _find(self, attempt: Attempt, sought: Sought, age: _Age) -> list[Prediction]:
         asked_at = time.monotonic()
         try:
-            found = await self._provider.find(sought, age.at_most_seconds)
+            found = await self._provider.find(sought, made_within_seconds(attempt, age.seconds))
         except ProviderError as error:
             silent_seconds = 0.0
             if error.failure_class is not FailureClass.THROTTLED:  # an answer, of a kind

@@ -78,6 +78,8 @@ class Recovery:
 
     async def run(self) -> None:
         """Do all duties for ever; cancel the task to end them."""
+        # The database may have come back just now: the others are given two beats to say so.
+        self._unheard_until = clock.now() + 2 * self._heartbeat_seconds
         async with asyncio.TaskGroup() as duties:
             # Never less often: after an outage it is this that says that the worker lives.
             beat = self._heartbeat_seconds

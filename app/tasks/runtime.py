@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.config import Settings
 from app.db import POOL_TIMEOUT_SECONDS, create_engine, create_sessions
-from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
+from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult, begun_at_once
 from app.jobs.models import JobStatus
 from app.jobs.orphans import OrphanStopper
 from app.jobs.outputs import OutputKeeper
@@ -272,6 +272,7 @@ def _policy(settings: Settings, call_seconds: float) -> LifecyclePolicy:
             grace_seconds=settings.reconcile_grace_seconds,
         ),
         job_deadline_seconds=settings.job_deadline_seconds,
+        begun_at_once=begun_at_once(settings.replicate_creates_per_minute),
         submit=SubmitPolicy(
             cancel_after_seconds=(
                 settings.starting_deadline_seconds + settings.running_deadline_seconds

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.config import Settings
 from app.db import create_engine, create_sessions
-from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome
+from app.jobs.lifecycle import BEGUN_AT_ONCE, Lifecycle, LifecyclePolicy, Outcome
 from app.jobs.models import Job
 from app.jobs.orphans import OrphanStopper
 from app.jobs.outputs import OutputKeeper
@@ -202,6 +202,7 @@ POLICY = LifecyclePolicy(
         max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=GRACE_SECONDS
     ),
     job_deadline_seconds=60,
+    begun_at_once=BEGUN_AT_ONCE,
     submit=SubmitPolicy(cancel_after_seconds=60, webhook_base_url=None),
     reconcile=ReconcilePolicy(
         call_seconds=0, grace_seconds=GRACE_SECONDS, deadline_seconds=30, on_unknown_outcome="fail"

@@ -17,7 +17,7 @@ import pytest
 from app.config import Settings
 from app.errors import FailureClass, ProviderError
 from app.jobs import submission
-from app.jobs.lifecycle import Lifecycle, LifecyclePolicy, Outcome, RunResult
+from app.jobs.lifecycle import BEGUN_AT_ONCE, Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import Job, JobStatus
 from app.jobs.outputs import OutputKeeper
 from app.jobs.parameters import ParameterChecker
@@ -128,6 +128,7 @@ async def parts(
     policy = LifecyclePolicy(
         retry=RetryPolicy(max_retries=3, backoff_factor=1, backoff_max_seconds=0, grace_seconds=0),
         job_deadline_seconds=60,
+        begun_at_once=BEGUN_AT_ONCE,
         submit=SubmitPolicy(cancel_after_seconds=60, webhook_base_url=None),
         reconcile=ReconcilePolicy(
             call_seconds=0, grace_seconds=0, deadline_seconds=30, on_unknown_outcome="fail"
@@ -417,6 +418,30 @@ class TestLostCreates:
             connection.execute("UPDATE attempts SET created_at = now() + interval '5 min'")
         assert (await parts.run_to_the_end(job_id))[-1] == "completed"
         assert len(replicate.creates()) == 1
+
+    @pytest.mark.parametrize("is_known", [True, False])
+    async def test_it_waits_while_the_service_has_another_provider(
+        self,
+        parts: Parts,
+        replicate: ReplicateServer,
+        monkeypatch: pytest.MonkeyPatch,
+        is_known: bool,
+    ) -> None:
+        """Started without its token, a worker has the mock, which knows of no prediction."""
+        job_id = await parts.add()
+        with monkeypatch.context() as patch:
+            step = "record_prediction" if is_known else "begin_attempt"
+            _die(patch, parts, f"repository.{step}", "after")
+            with pytest.raises(Died):
+                await parts.run(job_id)
+        await parts.repository.release_dead(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.provider, "name", "mock")
+            result = await parts.run(job_id)
+        assert (result.outcome, result.error_code) == (Outcome.RETRY, "provider_changed")
+        assert len(replicate.creates()) == is_known
+        assert (await parts.run_to_the_end(job_id))[-1] == "completed"
+        assert (await parts.job(job_id)).retry_count == (not is_known)
 
     async def test_a_report_that_comes_in_the_last_moment_saves_it(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from structlog.testing import CapturingLogger
 
@@ -25,6 +26,7 @@ from app.jobs.retention import RetentionPolicy
 from app.providers.base import Prediction, PredictionRequest
 from app.providers.replicate import ReplicateProvider
 from app.storage import create_storage
+from scripts.servers import Postgres
 from tests.doubles.replicate_server import ReplicateServer
 from tests.doubles.ungoverned import Ungoverned
 
@@ -416,6 +418,27 @@ class TestOutage:
         await worker.recovery.sweep()
         assert job.id not in await worker.repository.leases_of(neighbour)
 
+    async def test_the_living_are_counted(self, worker: Worker) -> None:
+        """The rate of calls is shared by as many while Redis is away."""
+        await worker.recovery.heartbeat()
+        assert worker.recovery.living_workers == 1
+        await worker.repository.heartbeat(uuid4(), "another", 1, 30)
+        await worker.recovery.heartbeat()
+        assert worker.recovery.living_workers == 2
+
+    async def test_a_worker_that_has_just_started_gives_the_others_two_beats(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The database may have come back with it: nobody has beaten for long, and all live."""
+        neighbour = uuid4()
+        job = await worker.repository.add(NewJob("p", "acme/painter", {}), 60)
+        assert await worker.repository.claim(job.id, neighbour, 60)
+        monkeypatch.setattr(worker.recovery, "_heartbeat_seconds", 30)
+        duties = asyncio.create_task(worker.recovery.run())
+        await asyncio.sleep(0.5)  # ten rounds
+        duties.cancel()
+        assert job.id in await worker.repository.leases_of(neighbour)
+
 
 async def test_a_worker_is_known_from_its_first_heartbeat(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
@@ -448,15 +471,20 @@ class TestOrphans:
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(worker.recovery, "_sweep_seconds", 60)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
         replicate.configure(latency_seconds=30)
-        claim, prediction = await worker.submit()
+        (claim, known), lost = await worker.submit(), await worker.claim(seed=1)
+        await worker.repository.begin_attempt(lost.lease, "replicate", REQUEST)
+        predictions = [known, await worker.provider.create(REQUEST)]
         duties = asyncio.create_task(worker.recovery.run())
         await asyncio.sleep(0.2)  # the first round is over, the next one a minute away
-        await worker.repository.cancel(claim.job.id)
+        for cancelled in (claim, lost, lost):
+            await worker.repository.cancel(cancelled.job.id)
         worker.recovery.orphans.nudge()
         async with asyncio.timeout(5):
-            while (await worker.provider.get(prediction.id)).status != "canceled":
-                await asyncio.sleep(0.02)
+            for prediction in predictions:
+                while (await worker.provider.get(prediction.id)).status != "canceled":
+                    await asyncio.sleep(0.02)
         duties.cancel()
 
     async def test_it_is_found_although_its_id_was_lost(
@@ -472,6 +500,38 @@ class TestOrphans:
         await worker.recovery.orphans.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10, known=False) == []
+
+    async def test_it_is_found_although_the_databases_clock_was_set_back(
+        self,
+        worker: Worker,
+        replicate: ReplicateServer,
+        database: Postgres,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        claim = await worker.claim()
+        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await worker.provider.create(REQUEST)
+        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
+        for _ in range(2):
+            await worker.repository.cancel(claim.job.id)
+        with psycopg.connect(database.sync_url) as connection:
+            connection.execute("UPDATE attempts SET created_at = now() + interval '5 min'")
+        await worker.recovery.orphans.stop_lost_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
+
+    async def test_it_is_left_alone_while_the_service_has_another_provider(
+        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replicate.configure(latency_seconds=30)
+        claim, prediction = await worker.submit()
+        await worker.repository.cancel(claim.job.id)
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.provider, "name", "mock")
+            await worker.stop_orphans()
+        assert replicate.creates()[0].cancel_calls == []
+        await worker.stop_orphans()
+        assert (await worker.provider.get(prediction.id)).status == "canceled"
 
     async def test_it_is_stopped_at_once_when_its_id_comes(
         self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from app.config import Settings
-from app.jobs.lifecycle import Outcome, RunResult
+from app.jobs.lifecycle import BEGUN_AT_ONCE, Outcome, RunResult, begun_at_once
 from app.jobs.reconcile import ReconcilePolicy
 from app.jobs.repository import Lease
 from app.jobs.submission import SubmitPolicy
@@ -93,11 +93,17 @@ def test_every_budget_goes_where_it_belongs(public: str | None, reports_to: str 
     )
     policy = _policy(settings, call_seconds=7)
     assert policy.job_deadline_seconds == 1001
+    assert policy.begun_at_once == BEGUN_AT_ONCE
     assert policy.submit == SubmitPolicy(1002 + 1003, reports_to)
     expected = ReconcilePolicy(7, 104, 1005, "fail")
     assert policy.reconcile == expected
     watcher = _watcher(settings, cast(Any, None))
     assert (watcher._starting_seconds, watcher._running_seconds) == (1002, 1003)
+
+
+@pytest.mark.parametrize(("per_minute", "jobs"), [(0.1, 1), (6, 3), (60, 30), (3000, 64)])
+def test_a_low_rate_is_waited_for_unclaimed(per_minute: float, jobs: int) -> None:
+    assert begun_at_once(per_minute) == jobs
 
 
 async def test_a_worker_that_has_lost_a_duty_ends(monkeypatch: pytest.MonkeyPatch) -> None:
