@@ -28,6 +28,10 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
             get_settings.cache_clear()
             command.upgrade(Config(ROOT / "alembic.ini"), "head")
         get_settings.cache_clear()
+        with psycopg.connect(server.sync_url, autocommit=True) as connection:
+            # Tests kill processes, never the kernel; on a busy disk one flush may take seconds.
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
         yield server
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.e2e.service import BIN, free_port
+from tests.e2e.service import BIN
+from tests.ports import free_port
 
 # The key pair that may use it.
 KEYS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
@@ -19,7 +20,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 def s3_server(folder: Path) -> Iterator[str]:
     """Run it with an empty bucket `media`, and all else off; give its address."""
     port = free_port()
-    ports = {name: free_port() for name in ("master", "volume", "filer")}
+    ports = {name: free_port() for name in ("master", "volume", "filer", "admin")}
     command = [
         *(str(BIN / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *("-bucket=media", f"-s3.port={port}", "-webdav=false", "-admin.ui=false"),

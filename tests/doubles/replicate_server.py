@@ -82,7 +82,9 @@ class ReplicateServer:
                 module + options, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL
             )
             self.origin = f"http://127.0.0.1:{self._port(ready_file)}"
-        self._control = httpx.Client(base_url=self.origin, trust_env=False)
+        self._control = httpx.Client(
+            base_url=self.origin, timeout=START_TIMEOUT_SECONDS, trust_env=False
+        )
         return self
 
     def _port(self, ready_file: Path) -> int:

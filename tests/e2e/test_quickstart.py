@@ -14,6 +14,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 60.0
 FAST_MOCK = {"REPLICATE_MOCK_DELAY_MIN": "0", "REPLICATE_MOCK_DELAY_MAX": "0.2"}
@@ -23,7 +25,7 @@ class Quickstart:
     """One run of the quickstart in a copy of the project, on ports of its own."""
 
     def __init__(self, project: Path, *arguments: str, **environment: str) -> None:
-        self.api_port, self.flower_port = _free_ports(2)
+        self.api_port, self.flower_port = free_port(), free_port()
         self.output_path = project / "output.txt"
         own = {"API_PORT": str(self.api_port), "FLOWER_PORT": str(self.flower_port)}
         with self.output_path.open("wb") as output:
@@ -103,7 +105,7 @@ class TestQuickstart:
         quickstart = start()
         quickstart.wait_until_serving()
         audit = f'. .quickstart/env && "{sys.executable}" scripts/audit_storage.py'
-        assert subprocess.run(["sh", "-c", audit], cwd=project, capture_output=True, check=True)
+        subprocess.run(["sh", "-c", audit], cwd=project, capture_output=True, check=True)
         with quickstart.api as api:
             assert api.get("/docs").is_success
             assert api.get("/api/v1/jobs").json()[0]["prompt"] == "a lighthouse at dawn"
@@ -224,14 +226,6 @@ def _tools(folder: Path, **scripts: str) -> Path:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     return folder
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def _processes() -> dict[int, tuple[int, str]]:

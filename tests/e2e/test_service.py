@@ -2,7 +2,6 @@
 
 import hashlib
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,14 @@ from threading import Thread
 
 import httpx
 import pytest
+import redis
 from celery import Celery
 from PIL import Image
 
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
-from tests.e2e.service import BIN, Service, end, free_port, wait_for
+from tests.e2e.service import BIN, Service, end, wait_for
+from tests.ports import free_port
 from tests.process import run
 from tests.s3_server import KEYS
 
@@ -40,6 +41,7 @@ def start_service(database: Postgres, valkey: Valkey, tmp_path: Path) -> Iterato
             "REPLICATE_MOCK_FAILURE_RATE": "0",
             **settings,
         }
+        _flush(valkey)  # a message that another test has left would be heard
         logs = tmp_path / "logs"
         logs.mkdir()
         service = Service(environment, logs)
@@ -176,12 +178,15 @@ class TestDeath:
     ) -> None:
         service = start_service()
         ids = [service.generate("a kite", width=64, height=64) for _ in range(10)]
-        assert subprocess.run(
-            [BIN / "python", "-c", FLUSH, valkey.url], check=True, capture_output=True
-        )
+        _flush(valkey)
         service.start_worker()
         service.wait_until_idle()
         assert {service.status(job_id)["status"] for job_id in ids} == {"completed"}
+
+
+def _flush(valkey: Valkey) -> None:
+    with redis.Redis.from_url(valkey.url) as client:
+        client.flushall()
 
 
 @contextmanager
@@ -196,13 +201,11 @@ def _celery_events(valkey: Valkey) -> Iterator[Counter[str]]:
         listening = Thread(target=receiver.capture, kwargs={"wakeup": False})
         listening.start()
         try:
+            wait_for(lambda: seen, "the worker's heartbeat")  # from now on nothing is missed
             yield seen
         finally:
             receiver.should_stop = True
             listening.join()
-
-
-FLUSH = "import redis, sys; redis.Redis.from_url(sys.argv[1]).flushall()"
 
 
 class TestCancel:

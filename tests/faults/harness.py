@@ -29,11 +29,12 @@ import httpx
 import psycopg
 import redis
 
-from scripts.servers import Postgres, Valkey, free_port
+from scripts.servers import Postgres, Valkey
 from scripts.supervise import Child
 from tests.doubles.replicate_server import ReplicateServer
 from tests.e2e.service import BIN, ROOT
 from tests.faults.proxy import FaultProxy
+from tests.ports import free_port
 
 # Scaled down by default, to be part of every test run; `scripts/test.sh --faults` asks for all.
 FULL = os.environ.get("FAULTS") == "full"
@@ -428,7 +429,7 @@ class Stack:
         assert process.is_running, self.log_of(process)
         try:
             url = f"http://127.0.0.1:{process.port}/health"
-            return httpx.get(url, timeout=5, trust_env=False).is_success
+            return httpx.get(url, timeout=START_SECONDS, trust_env=False).is_success
         except httpx.TransportError:
             return False
 
@@ -437,14 +438,14 @@ class Stack:
     def query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """Run one statement, not through any proxy; return its rows."""
         with psycopg.connect(
-            self.postgres.sync_url, autocommit=True, connect_timeout=5
+            self.postgres.sync_url, autocommit=True, connect_timeout=int(START_SECONDS)
         ) as connection:
             cursor = connection.execute(statement, values or None)
             return cursor.fetchall() if cursor.description else []
 
     def redis(self) -> "redis.Redis":
         """Return a client of the broker, not through any proxy; close it."""
-        return redis.Redis.from_url(self.valkey.url, socket_timeout=5)
+        return redis.Redis.from_url(self.valkey.url, socket_timeout=START_SECONDS)
 
     def flush_broker(self) -> None:
         """FLUSHALL: every message and every shared limit is gone."""

@@ -34,10 +34,12 @@ def test_f03_the_broker_is_emptied(start_stack: StartStack, scenario: Scenario) 
     standstills = []
     for share in (0.3, 0.6):
         stack.wait_until_finished(int(share * jobs))
+        with stack.redis() as client:
+            assert client.llen(QUEUE) > 0, "there is something to lose"
         stack.flush_broker()
         flushed_at = time.monotonic()
         # What is under way needs no message; more than that does.
-        stack.wait_until_finished(stack.finished() + 21, 20)
+        stack.wait_until_finished(stack.finished() + 21, sized(60, 20))
         standstills.append(time.monotonic() - flushed_at)
     stack.wait_until_done(60)
     scenario.record(standstill_max_seconds=max(standstills), **vars(check(stack)))
@@ -144,7 +146,7 @@ def test_f07_a_worker_is_started_while_the_broker_is_away(
         stop_seconds=stop_seconds,
         **vars(check(stack)),
     )
-    assert stop_seconds <= 5
+    assert stop_seconds <= sized(30, 5)
 
 
 @full_only
@@ -204,7 +206,7 @@ def test_a_stalled_consumer_costs_seconds(start_stack: StartStack, scenario: Sce
     begun_seconds = float(stack.query(begun)[0][0])
     scenario.record(begun_seconds=begun_seconds, **vars(check(stack)))
     assert stack.counts() == {"completed": len(jobs)}
-    assert begun_seconds <= 25
+    assert begun_seconds <= sized(60, 25)
 
 
 @contextmanager

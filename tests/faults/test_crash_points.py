@@ -23,7 +23,6 @@ from app.storage.workspaces import remove_leftovers
 from scripts.servers import Postgres, Valkey
 from tests.doubles.replicate_server import ReplicateServer
 from tests.faults import stoppable
-from tests.faults.harness import FULL
 from tests.faults.report import Scenario, sized
 from tests.faults.steps import Point, Steps, number_steps
 from tests.faults.stoppable import (
@@ -295,15 +294,18 @@ async def test_f38_stopped_at_any_point(
     choice = random.Random(scenario.seed)
     stopped, rounds = 0, ROUNDS if way is wakes_in_between else 1
     for _ in range(rounds):
-        for point in choice.sample(points, min(POINTS, len(points))):
+        reached = 0
+        for point in choice.sample(points, len(points)):
             print(f"{way.__name__} at {point}")  # noqa: T201 - names the case that failed
-            stopped += await _stop_at(
+            reached += await _stop_at(
                 point, points, way, settings, replicate, second, course, choice
             )
+            if reached == POINTS:
+                break
+        stopped += reached
     scenario.record(points=len(points), stopped=stopped)
-    # Not every run takes exactly the same way: of the full sample a few points are not reached.
-    assert stopped >= 0.9 * rounds * min(POINTS, len(points)) or not FULL
-    assert stopped > 0
+    # Not every run takes exactly the same way: a few of the points are not reached.
+    assert stopped >= 0.9 * rounds * min(POINTS, len(points))
 
 
 async def _all_points(

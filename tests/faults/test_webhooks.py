@@ -29,7 +29,7 @@ MANNERS: dict[str, dict[str, Any]] = {
     "late": {"webhook_delay_seconds": sized(6, 600)},
 }
 # Jobs per second: twenty copies of two webhooks each are what one API process can take.
-PER_SECOND = {word: sized(4, 1 if word == "twentyfold" else 4) for word in MANNERS}
+PER_SECOND = {word: 1 if word == "twentyfold" else 4 for word in MANNERS}
 TIDY = {
     "webhook_copies": 1,
     "webhook_reversed": False,

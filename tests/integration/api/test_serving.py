@@ -23,8 +23,9 @@ from app.media.decoder import Decoder
 from app.media.info import PictureInfo
 from app.storage.base import THUMBNAIL_SIZES, media_key, thumbnail_key
 from scripts.nginx import Nginx, installed
-from tests.e2e.service import Service, free_port
+from tests.e2e.service import Service
 from tests.integration.api.conftest import Jobs, problem_of, running
+from tests.ports import free_port
 from tests.s3_server import KEYS
 
 DATA = bytes(range(256)) * 40
