@@ -210,7 +210,8 @@ class OutputKeeper:
                 try:
                     if self._store_original_format:
                         return media_type, await asyncio.to_thread(decoder.verify, path)
-                    return sniff.PNG, await asyncio.to_thread(decoder.make_png, path, parameters)
+                    made = await asyncio.to_thread(decoder.make_png, path, parameters)
+                    return media_type if made.is_animated else sniff.PNG, made
                 except TooLargeToDecode as too_large:
                     if not await asyncio.to_thread(is_whole, path, media_type):
                         raise BadPicture from too_large

@@ -122,7 +122,7 @@ class Submitter:
 
     async def _leave(self, attempt: Attempt, prediction: Prediction) -> None:
         """Leave a prediction to whoever its attempt belongs to by now; stop it if to nobody."""
-        await self._repository.adopt(attempt.id, prediction)
+        await insistently(partial(self._repository.adopt, attempt.id, prediction))
         if await self._repository.is_known(self._provider.name, prediction.id):
             return
         log.error("prediction_unwanted", prediction_id=prediction.id)

@@ -17,6 +17,7 @@ CANCEL_GRACE_SECONDS = 30.0
 CANCELS_AT_ONCE = 8
 # The provider may say once that it does not know what it has just made, or a proxy before it may.
 MISSING_SECONDS = 30.0
+MISSING_READS = 3  # after one nothing may have been read for as long
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ class _Watch:
     running_since: float | None = None
     overdue_since: float | None = None
     missing_since: float | None = None
+    misses: int = 0  # since then
     cancelling: asyncio.Task[None] | None = None  # stays once the cancel was heard
 
 
@@ -118,15 +120,16 @@ class PredictionWatcher:
             if seen is None:
                 self._miss(prediction_id, watch)
             else:
-                watch.missing_since = None
+                watch.missing_since, watch.misses = None, 0
                 self._judge(seen, watch, tasks)
 
     def _miss(self, prediction_id: str, watch: _Watch) -> None:
         now = time.monotonic()
+        watch.misses += 1
         if watch.missing_since is None:
             watch.missing_since = now
             log.warning("prediction_missing", prediction_id=prediction_id)
-        elif now - watch.missing_since > MISSING_SECONDS:
+        elif now - watch.missing_since > MISSING_SECONDS and watch.misses >= MISSING_READS:
             self._wake(prediction_id, PredictionNotFound())
 
     def _judge(self, prediction: Prediction, watch: _Watch, tasks: asyncio.TaskGroup) -> None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +71,7 @@ def _answer(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
         return {"errno": error.errno, "strerror": error.strerror}
     except MemoryError:
         sys.exit(OUT_OF_MEMORY)
-    return {"size": info.size, "is_one_colour": info.is_one_colour}
+    return asdict(info)
 
 
 def _limit_memory(memory_bytes: int) -> None:

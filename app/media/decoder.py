@@ -103,8 +103,7 @@ def _info(answer: dict[str, Any]) -> PictureInfo:
         raise BadPicture(answer["refused"])
     if "errno" in answer:
         raise OSError(answer["errno"], answer["strerror"])
-    width, height = answer["size"]
-    return PictureInfo((width, height), answer["is_one_colour"])
+    return PictureInfo(**answer | {"size": tuple(answer["size"])})
 
 
 class _Child:

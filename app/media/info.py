@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PictureInfo:
-    """Width and height in pixels, and whether every pixel has the same colour."""
+    """Width and height in pixels, whether every pixel has the same colour, and whether it moves."""
 
     size: tuple[int, int]
     is_one_colour: bool = False
+    is_animated: bool = False

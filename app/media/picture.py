@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from app.media.errors import BadPicture, TooLargeToDecode
 from app.media.info import PictureInfo
 
 FORMATS = ("JPEG", "WEBP", "GIF", "AVIF")
+ANIMATED = ("WEBP", "GIF", "AVIF")
 # Peak bytes per pixel while decoding, measured with Pillow 13. MPO: several JPEGs in one file.
 _PIXEL_BYTES = {"JPEG": 4.1, "MPO": 4.1, "WEBP": 16.7, "GIF": 1.5, "AVIF": 13.0, "PNG": 4.1}
 _ANIMATED_BYTES = 13.0  # of a GIF: the frame before, this one, and what is common
@@ -48,8 +49,8 @@ class Limits:
 def make_png(path: Path, limits: Limits, parameters: str = "") -> PictureInfo:
     """Decode the picture in `path` completely and make the file a PNG; return what it is.
 
-    Of an animation the first frame stays. The PNG carries `parameters` as text.
-    Blocking: tens of milliseconds for a megapixel.
+    An animation stays what it is: of a PNG made of it one frame would be left. The PNG carries
+    `parameters` as text. Blocking: tens of milliseconds for a megapixel.
     Raises: BadPicture - TooLargeToDecode by its header alone; OSError and MemoryError when it
     is not the picture's fault.
     """
@@ -57,7 +58,9 @@ def make_png(path: Path, limits: Limits, parameters: str = "") -> PictureInfo:
     converted = path.with_name(f"{path.name}.png")
     try:
         with blaming_the_picture(), path.open("rb") as file, converted.open("wb") as png_file:
-            decoded = _first_frame(file, limits)
+            decoded = _only_frame(file, limits)
+            if decoded is None:
+                return replace(verify(path, limits), is_animated=True)
             turn_upright(decoded)
             write_png(decoded, png_file, parameters)
         converted.replace(path)
@@ -102,9 +105,14 @@ def _only_colour(picture: Image.Image) -> object:
     return found[0][1] if found else None
 
 
-def _first_frame(file: BinaryIO, limits: Limits) -> Image.Image:
-    """Return the pixels alone: an opened WebP holds three times their memory until it is closed."""
+def _only_frame(file: BinaryIO, limits: Limits) -> Image.Image | None:
+    """Return the pixels alone: an opened WebP holds three times their memory until it is closed.
+
+    None of an animation. (Several JPEGs in one file are none: the first is the picture.)
+    """
     with open_picture(file, limits) as picture:
+        if picture.format in ANIMATED and getattr(picture, "is_animated", False):
+            return None
         if _is_turned(picture):
             _admit(picture.size, _pixel_bytes(picture) + _TURNED_BYTES, 0, limits)
         picture.load()  # verify() accepts half a JPEG, load() does not

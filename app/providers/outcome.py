@@ -20,6 +20,8 @@ ADDRESS = re.compile(
 )
 
 MESSAGE_CHARS = 500
+# More values than this beside files make sense only together: each word's place in a film, say.
+MOST_SINGLE_VALUES = 10
 
 
 def raise_for_outcome(prediction: Prediction) -> None:
@@ -65,9 +67,10 @@ def output_values(output: Any) -> list[Any]:
     """Return what a prediction's output is made of, in order: each becomes one file.
 
     An output may be nothing, one value, or lists and objects of them at any depth. With addresses
-    of files in it every value stands for itself, be it an address or not. Without any a list of
-    texts is one text, and everything else one document that makes sense only as a whole: an
-    embedding, say, or a caption with its score.
+    of files in it every value stands for itself, be it an address or not; an empty text says
+    nothing, and where there are many other values the whole output is one document beside the
+    files. Without any a list of texts is one text, and everything else one document that makes
+    sense only as a whole: an embedding, say, or a caption with its score.
     """
     leaves = list(_leaves(output))
     addresses = sum(map(is_address, leaves))
@@ -75,8 +78,15 @@ def output_values(output: Any) -> list[Any]:
     if is_text and leaves:
         # A language model gives its text in pieces, and an address may be one of them.
         are_files = is_address(leaves[0]) or 2 * addresses >= len(leaves)
-        return leaves if are_files else ["".join(leaves)]
-    return leaves if addresses or not leaves else [output]
+        return _beside_files(output, leaves) if are_files else ["".join(leaves)]
+    return _beside_files(output, leaves) if addresses or not leaves else [output]
+
+
+def _beside_files(output: Any, leaves: list[Any]) -> list[Any]:
+    values = [leaf for leaf in leaves if leaf != ""]
+    files = list(filter(is_address, values))
+    are_many = len(values) - len(files) > MOST_SINGLE_VALUES
+    return [*files, output] if are_many else values
 
 
 def is_address(value: Any) -> bool:

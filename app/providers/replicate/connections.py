@@ -74,7 +74,10 @@ def client_for_files(access: Access) -> httpx.AsyncClient:
     if access.origin.scheme == "http" or {"https", "all"} & getproxies().keys():
         return plain_client(access)
     policy = Policy(allowed_schemes=frozenset({"https"}), allowed_ports=frozenset({443}))
-    return ssrfguard.httpx.AsyncClient(policy=policy, timeout=access.timeout, verify=access.tls)
+    # An HTTP_PROXY alone is not for https; ssrfguard refuses to start beside one.
+    return ssrfguard.httpx.AsyncClient(
+        policy=policy, timeout=access.timeout, verify=access.tls, trust_env=False
+    )
 
 
 def plain_client(access: Access) -> httpx.AsyncClient:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from urllib.parse import unquote_to_bytes
 
 import httpx
-from ssrfguard import SSRFGuardError
+from ssrfguard import BlockedAddressError, SSRFGuardError
 
 from app.errors import FailureClass, ProviderError
 from app.providers.replicate.connections import Access, client_for_files, plain_client
@@ -51,11 +51,11 @@ class OutputFiles:
                 async for chunk in _content(response):
                     yield chunk
         except SSRFGuardError as error:
+            if isinstance(error, BlockedAddressError) and _is_of_replicate(target):
+                raise _failed() from error  # its addresses are public: our resolver is not well
             raise _not_acceptable() from error
         except (httpx.HTTPError, zlib.error) as error:
-            raise ProviderError(
-                FailureClass.TRANSIENT, "download_failed", "The output could not be downloaded."
-            ) from error
+            raise _failed() from error
 
     def _allowed(self, url: str) -> httpx.URL:
         try:
@@ -82,6 +82,12 @@ class OutputFiles:
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     default = {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.host, url.port or default
+
+
+def _failed() -> ProviderError:
+    return ProviderError(
+        FailureClass.TRANSIENT, "download_failed", "The output could not be downloaded."
+    )
 
 
 def _not_acceptable() -> ProviderError:

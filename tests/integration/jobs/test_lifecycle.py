@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from app.config import Settings
-from app.errors import FailureClass, ProviderError
+from app.errors import FailureClass, LeaseLost, ProviderError
 from app.jobs import submission
 from app.jobs.lifecycle import BEGUN_AT_ONCE, Lifecycle, LifecyclePolicy, Outcome, RunResult
 from app.jobs.models import Job, JobStatus
@@ -607,6 +607,25 @@ class TestLostCreates:
         assert await parts.run_to_the_end(job_id) == ["completed"]
         await arriving
         assert len(replicate.creates()) == 1
+
+    async def test_whoever_has_lost_the_job_keeps_the_id_as_insistently(
+        self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(submission, "RECORD_PAUSE_SECONDS", 0)
+        adopt, failures = parts.repository.adopt, [ConnectionRefusedError()] * 3
+
+        async def failing(*args: Any) -> bool:
+            if failures:
+                raise failures.pop()
+            return await adopt(*args)
+
+        monkeypatch.setattr(parts.repository, "adopt", failing)
+        lost = Mock(side_effect=LeaseLost)
+        monkeypatch.setattr(parts.repository, "record_prediction", lost)
+        job_id = await parts.add()
+        assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
+        [attempt], [made] = await parts.repository.attempts(job_id), replicate.creates()
+        assert (attempt.prediction_id, made.cancel_calls) == (made.id, [])
 
     async def test_its_id_is_kept_although_the_database_is_away_for_a_moment(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch

@@ -521,7 +521,7 @@ class TestNothingToKeep:
     ) -> None:
         error = await kept.refuse([PICTURE_URL] * (MAX_OUTPUTS + 1))
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
-        most = [PICTURE_URL, *[1] * (MAX_OUTPUTS - 1)]
+        most = [PICTURE_URL, *["data:,1"] * (MAX_OUTPUTS - 1)]
         assert len(await kept.keep(most)) == MAX_OUTPUTS
 
 

@@ -73,6 +73,26 @@ async def test_an_unknown_prediction_ends_its_own_wait_only(
     assert [end.status for end in ends if not isinstance(end, BaseException)] == ["succeeded"] * 3
 
 
+async def test_two_answers_far_apart_do_not_make_it_unknown(
+    watcher: PredictionWatcher, provider: ReplicateProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In between nothing could be read."""
+    monkeypatch.setattr(watch, "MISSING_SECONDS", 0)
+    created, poll = await provider.create(REQUEST), provider.poll
+    misses = [created.id] * 2
+
+    async def missing(ids: Any) -> Any:
+        if misses:
+            yield misses.pop(), None
+            return
+        async for seen in poll(ids):
+            yield seen
+
+    monkeypatch.setattr(provider, "poll", missing)
+    async with running(watcher):
+        assert (await watcher.wait(created.id)).status == "succeeded"
+
+
 async def test_the_poller_survives_any_failure(
     watcher: PredictionWatcher, provider: ReplicateProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1251,6 +1251,25 @@ class TestDownload:
             error = await failure(fetched(provider, url))
         assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
 
+    @pytest.mark.parametrize("proxy", [{}, {"HTTP_PROXY": "http://proxy.test:3128"}])
+    async def test_a_resolver_that_misleads_is_no_fault_of_the_file(
+        self, monkeypatch: pytest.MonkeyPatch, proxy: dict[str, str]
+    ) -> None:
+        """And a proxy for http alone is none for files."""
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in proxy.items():
+            monkeypatch.setenv(name, value)
+        look_up = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda _, *more, **given: look_up("127.0.0.1", *more, **given)
+        )
+        async with new_provider("https://api.replicate.com") as provider:
+            error = await failure(fetched(provider, "https://replicate.delivery/x.png"))
+            assert (error.failure_class, error.code) == (FailureClass.TRANSIENT, "download_failed")
+            error = await failure(fetched(provider, "https://files.test/x.png"))
+            assert (error.failure_class, error.code) == (FailureClass.PERMANENT, "invalid_output")
+
     async def test_an_unencrypted_address_elsewhere_is_refused_without_a_request(
         self, provider: ReplicateProvider, host: Host
     ) -> None:

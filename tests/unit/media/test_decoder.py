@@ -16,6 +16,7 @@ from PIL import Image
 from app.media import child, decoder
 from app.media.decoder import Decoder, DecoderFailed
 from app.media.errors import BadPicture, TooLargeToDecode
+from app.media.info import PictureInfo
 from tests.unit.media.corpus import MAX_PIXELS, SIZE, Sample, arrive, corpus, encoded, noise
 
 MEMORY_BYTES = 120 << 20
@@ -23,6 +24,9 @@ GROWTH_BYTES = 150 << 20
 CORPUS = corpus()
 PNGS = [sample for sample in CORPUS if sample.media_type == "image/png"]
 OTHERS = [sample for sample in CORPUS if sample not in PNGS]
+GOOD = [sample for sample in OTHERS if not sample.refusal]
+ANIMATED = [sample for sample in GOOD if sample.name.startswith("animated")]
+STILL = [sample for sample in GOOD if sample not in ANIMATED]
 JPEG = encoded(noise(), "JPEG")
 
 Write = Callable[[bytes], Path]
@@ -99,7 +103,7 @@ class TestCorpus:
                 shared.verify(path)
         assert path.read_bytes() == sample.content
 
-    @pytest.mark.parametrize("sample", [s for s in OTHERS if not s.refusal], ids=str)
+    @pytest.mark.parametrize("sample", STILL, ids=str)
     def test_the_good_become_a_png_of_the_same_pixels(
         self, shared: Decoder, write: Write, sample: Sample
     ) -> None:
@@ -114,6 +118,15 @@ class TestCorpus:
         # What we write we would keep.
         assert arrive(path, stored) == sample.size
         assert path.read_bytes() == stored
+
+    @pytest.mark.parametrize("sample", ANIMATED, ids=str)
+    def test_an_animation_stays_what_it_is(
+        self, shared: Decoder, write: Write, sample: Sample
+    ) -> None:
+        path = write(sample.content)
+        assert shared.make_png(path, "{}") == PictureInfo(sample.size, is_animated=True)
+        assert list(path.parent.iterdir()) == [path]
+        assert path.read_bytes() == sample.content
 
     @pytest.mark.parametrize("sample", [s for s in PNGS if s.refusal], ids=str)
     def test_a_bad_png_is_refused(self, tmp_path: Path, sample: Sample) -> None:
@@ -146,13 +159,12 @@ class TestCorpus:
         return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
     def test_every_frame_is_verified(self, shared: Decoder, write: Write) -> None:
-        """Of an animation that becomes a PNG, the first frame is all that matters."""
         frames = {"save_all": True, "append_images": [noise().rotate(180)]}
         content = encoded(noise(), "GIF", **frames)
         path = write(content[: int(len(content) * 0.9)])
-        with pytest.raises(BadPicture):
-            shared.verify(path)
-        assert shared.make_png(path, "").size == SIZE
+        for check in (shared.verify, lambda path: shared.make_png(path, "")):
+            with pytest.raises(BadPicture):
+                check(path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited on Linux only")

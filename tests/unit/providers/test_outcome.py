@@ -10,6 +10,7 @@ from app.providers.base import TERMINAL_STATES, Prediction
 from app.providers.outcome import MESSAGE_CHARS, output_values, raise_for_outcome
 
 URL, DATA = "https://files/x.png", "data:image/png;base64,iVBORw0K"
+FOUND = {"files": [URL, DATA], "found": [{"box": [1, 2, 3, 4], "label": "cat"}] * 3}
 
 
 def ended(
@@ -127,6 +128,10 @@ def test_a_long_text_costs_no_more_than_its_length() -> None:
         ({"images": [URL, DATA], "seed": 7}, [URL, DATA, 7]),
         ([[URL], {"x": {"y": DATA}}, "c", None], [URL, DATA, "c"]),
         ([None, "a"], ["a"]),
+        ({"image": URL, "text": ""}, [URL]),
+        ([URL, ""], [URL]),
+        ({"image": URL, "words": [""] * 20}, [URL]),
+        (FOUND, [URL, DATA, FOUND]),
         ({"caption": "a cat", "score": 0.5}, [{"caption": "a cat", "score": 0.5}]),
         ([0.1, 0.2, 0.3], [[0.1, 0.2, 0.3]]),
         ([{"label": "cat"}, {"label": "dog"}], [[{"label": "cat"}, {"label": "dog"}]]),
