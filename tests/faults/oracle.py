@@ -16,6 +16,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 from PIL import Image
@@ -23,7 +24,7 @@ from PIL import Image
 from scripts.servers import Postgres
 from tests.doubles.replicate_ledger import LedgerEntry
 from tests.doubles.replicate_settings import Settings as DoubleSettings
-from tests.faults.harness import FULL, Answer, Stack, percentile, wait_for
+from tests.faults.harness import FULL, Answer, Process, Stack, percentile, wait_for
 
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 LEGAL = frozenset(
@@ -451,6 +452,34 @@ def _decodes(path: Path) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False
     return True
+
+
+def taken_from_the_living(stack: Stack) -> list[object]:
+    """Jobs freed by others although their owner ran all through its lease: it was never stopped.
+
+    As this test knows it, not by the owner's heartbeats, by which the others have judged.
+    """
+    freed = stack.query(
+        "SELECT job_id, extract(epoch FROM at)::float, name FROM faults.history"
+        " JOIN faults.workers ON id = old_worker_id"
+        " WHERE status = 'processing' AND worker_id IS NULL"
+    )
+    owners = {str(worker.pid): worker for worker in stack.workers}
+    robbed = []
+    for job_id, at, name in freed:
+        owner = owners[name.rpartition(":")[2]]
+        lived = owner.lived_through(at - stack.lease_seconds, at)
+        if lived and not _freed_itself(stack, owner, job_id, at):
+            robbed.append(job_id)
+    return robbed
+
+
+def _freed_itself(stack: Stack, owner: Process, job_id: UUID, at: float) -> bool:
+    """What a worker gives up itself, because it lost the run, it says."""
+    lines = [line for line in owner.child.output() if "job_abandoned" in line]
+    told = [json.loads(line) for line in lines if str(job_id) in line]
+    times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in told]
+    return any(abs(time_ - at) < stack.lease_seconds for time_ in times)
 
 
 def recovery_seconds(stack: Stack, killed_at: float, worker_ids: Collection[object]) -> list[float]:

@@ -57,6 +57,8 @@ class Course:
     latency_seconds: float = 0.1
     parameters: dict[str, Any] = field(default_factory=dict)
     fault: tuple[str, str] | None = None
+    refused_with: int | None = None  # the status of every create's answer
+    end: JobStatus = JobStatus.COMPLETED
 
 
 COURSES = {
@@ -66,6 +68,7 @@ COURSES = {
     "answer lost": Course(fault=("create", "accept_then_drop")),
     "create lost": Course(fault=("create", "drop")),
     "prediction fails": Course(creates=2, fault=("create", "fail")),
+    "refused": Course(creates=0, refused_with=422, end=JobStatus.FAILED),
 }
 
 
@@ -315,7 +318,7 @@ async def _all_points(
     steps = Steps()
     job_id = await _add(replicate, worker, course)
     await worker.run_to_the_end(job_id, steps)
-    assert (await worker.job(job_id)).status is JobStatus.COMPLETED
+    assert (await worker.job(job_id)).status is course.end
     return steps.passed
 
 
@@ -324,6 +327,8 @@ async def _add(replicate: ReplicateServer, worker: StoppableWorker, course: Cour
     replicate.configure(latency_seconds=course.latency_seconds)
     if course.fault:
         replicate.push_fault(*course.fault)
+    if course.refused_with:
+        replicate.push_fault("create", "status", status=course.refused_with, times=None)
     new = NewJob("a lighthouse", "acme/painter", {"width": 64, "height": 64, **course.parameters})
     # On a busy machine it, too, may be taken for stopped in its transaction.
     return (await insistently(lambda: worker.repository.add(new, 60))).id
@@ -367,7 +372,7 @@ async def _stop_at(
 async def _check(stage: Stage) -> None:
     found = await stage.seen()
     job = found.job
-    assert job["status"] in (JobStatus.COMPLETED, JobStatus.CANCELLED)
+    assert job["status"] in (stage.course.end, JobStatus.CANCELLED)
     creates = stage.replicate.creates()
     useful = [create.id for create in creates if create.status not in ("failed", "canceled")]
     assert len(creates) <= stage.course.creates, "created twice"

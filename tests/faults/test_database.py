@@ -10,7 +10,7 @@ from functools import partial
 from tests.doubles.replicate_settings import Settings
 from tests.doubles.replicate_webhooks import signed_headers
 from tests.faults.harness import PATIENT, Link, Stack, StartStack
-from tests.faults.oracle import check
+from tests.faults.oracle import check, taken_from_the_living
 from tests.faults.proxy import FaultProxy
 from tests.faults.report import Scenario, full_only, sized
 
@@ -43,6 +43,7 @@ def test_f08_the_database_crashes(start_stack: StartStack, scenario: Scenario) -
     assert refused
     assert {answer.status for answer in stack.answers} == {201, 503}
     assert len(stack.accepted) == jobs
+    assert taken_from_the_living(stack) == []
     scenario.record(
         refused=len(refused),
         refused_max_seconds=max(refused),

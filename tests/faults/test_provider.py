@@ -36,7 +36,8 @@ def test_f12_lost_create_answers_are_adopted(
 ) -> None:
     """100 of 300 creates are accepted and their answers cut: 0 duplicates, all are adopted.
 
-    Once by the provider's list alone; once by its webhooks alone, while the list is dead.
+    Once by the provider's list alone, which shows them late; once by its webhooks alone, while the
+    list is dead.
     """
     public = {"PUBLIC_BASE_URL": "https://media.test"} if way == "webhook" else {}
     stack = start_stack(workers=2, **PATIENT, **public)
@@ -44,6 +45,8 @@ def test_f12_lost_create_answers_are_adopted(
     if way == "webhook":
         stack.replicate.configure(webhook_rewrite=stack.url)
         stack.replicate.push_fault("list", "status", status=403, times=None)
+    else:
+        stack.replicate.configure(list_lag_seconds=0.7)  # of the grace of 1 s
     stack.replicate.push_fault("create", "accept_then_drop", prompt_contains="lost", times=None)
     for _ in range(cut // 4):
         stack.post(4, words="lost")
@@ -160,6 +163,26 @@ def test_f15_throttling_in_every_form_costs_time_only(
         calls_per_slow_create=calls_each,
         longest_pause_seconds=longest_pause,
     )
+
+
+@full_only
+def test_f15_a_low_rate_of_our_own(start_stack: StartStack, scenario: Scenario) -> None:
+    """`REPLICATE_CREATES_PER_MINUTE=6`, 4 workers, 20 jobs: nobody is ever throttled.
+
+    Those that wait for the rate are not claimed: their own deadline has not begun.
+    """
+    stack = start_stack(workers=4, REPLICATE_CREATES_PER_MINUTE="6")
+    stack.replicate.configure(creates_per_minute=6.3, creates_burst=1)
+    stack.post(20)
+    time.sleep(20)
+    waiting = stack.counts()["pending"]
+    assert waiting >= 20 - 3 - 4 * 3  # created by now; begun by each
+    stack.wait_until_done(240)
+    calls = [seconds(call) for call in stack.replicate.ledger().create_calls]
+    excess = _excess(calls, 6, 1)
+    assert excess <= 0.05, f"{excess:.0%} more creates than allowed"
+    assert {job["retry_count"] + job["throttle_count"] for job in jobs_about(stack)} == {0}
+    _record(scenario, stack, excess=excess, waiting_after_20_seconds=waiting)
 
 
 def throttled_replies(asked_seconds: int) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,8 @@ from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
+import pytest
+
 from tests.doubles.replicate_ledger import LedgerEntry, WebhookCall
 from tests.doubles.replicate_settings import Settings
 from tests.doubles.replicate_webhooks import signed_headers
@@ -68,19 +70,25 @@ def test_f23_untidy_webhooks_finish_each_job_once(
     scenario.record(**vars(check(stack)), webhook_p99_seconds=slowest, most_claims=claims)
 
 
-def test_f24_forged_webhooks_change_nothing(start_stack: StartStack, scenario: Scenario) -> None:
+@pytest.mark.parametrize("secret", ["configured", pytest.param("fetched", marks=full_only)])
+def test_f24_forged_webhooks_change_nothing(
+    start_stack: StartStack, scenario: Scenario, secret: str
+) -> None:
     """1,000 forged posts: all refused with 401, no state changes, no call to the provider.
+
+    But for the account's secret, where that is not configured: once a minute it may have changed.
 
     Without a signature, a wrong, truncated, old or future one, another job's report, a body
     written anew, a replayed id, another key.
     """
-    stack = start_stack(REPLICATE_WEBHOOK_SECRET=SECRET, **PUBLIC)
+    configured = {"REPLICATE_WEBHOOK_SECRET": SECRET} if secret == "configured" else {}
+    stack = start_stack(**configured, **PUBLIC)
     stack.replicate.configure(latency_seconds=3600)
     stack.post(2)
     wait_for(lambda: _submitted(stack) == 2, "both predictions")
     stack.workers[0].pause()  # what is called now is called for a webhook
-    rows, requests = jobs_about(stack), stack.replicate.ledger().requests
-    attempts = attempts_about(stack)
+    rows, attempts = jobs_about(stack), attempts_about(stack)
+    requests = dict(stack.replicate.ledger().requests)
     forgeries = _forgeries(attempts[0], attempts[1])
     count = sized(200, 1000)
     _assert_that_one_is_genuine(stack, attempts[0])
@@ -97,7 +105,10 @@ def test_f24_forged_webhooks_change_nothing(start_stack: StartStack, scenario: S
     assert answers == {(name, 401) for name in forgeries}
     assert jobs_about(stack) == rows
     assert attempts_about(stack) == attempts
-    assert stack.replicate.ledger().requests == requests
+    fetches = stack.replicate.ledger().requests.pop("secret", 0)
+    assert fetches <= (0 if configured else 3)
+    called = {kind: n for kind, n in stack.replicate.ledger().requests.items() if kind != "secret"}
+    assert called == requests
     _end(stack)
     scenario.record(**vars(check(stack)), forged=count)
 

@@ -1,13 +1,16 @@
 """Workers that die, pause and restart: F1, F2, F29, F31, F32, F33, F34."""
 
-import json
 import threading
 import time
-from datetime import datetime
 from uuid import UUID
 
 from tests.faults.harness import FULL, PATIENT, Process, Stack, StartStack, percentile, wait_for
-from tests.faults.oracle import check, claims_per_job, recovery_seconds
+from tests.faults.oracle import (
+    check,
+    claims_per_job,
+    recovery_seconds,
+    taken_from_the_living,
+)
 from tests.faults.report import Scenario, full_only, sized
 
 # The full run measures with the leases that are the default.
@@ -87,7 +90,7 @@ def test_f02_one_random_worker_killed_again_and_again(
     rest_seconds = time.time() - kills.done[-1][0]
     recoveries = kills.recoveries()
     assert len(recoveries) > 100
-    assert _taken_from_the_living(stack) == []
+    assert taken_from_the_living(stack) == []
     figures = _figures(kills, stack)
     scenario.record(kills=len(kills.done), rest_seconds=rest_seconds, **figures)
     assert rest_seconds <= 60
@@ -125,7 +128,7 @@ def test_f29_workers_whose_clocks_are_wrong(start_stack: StartStack, scenario: S
     workers[0].kill()
     stack.wait_until_done(60)
     dead = {stack.worker_id(workers[0])}
-    assert _taken_from_the_living(stack) == []
+    assert taken_from_the_living(stack) == []
     owners = {row[0] for row in stack.query("SELECT DISTINCT worker_id FROM faults.history")}
     assert dead < owners - {None}
     summary = check(stack)
@@ -280,34 +283,6 @@ def test_f34_many_sweepers_paused_and_killed(start_stack: StartStack, scenario: 
         victim.resume()
     posting.join()
     rest_seconds = stack.wait_until_done(60)
-    assert _taken_from_the_living(stack) == []
+    assert taken_from_the_living(stack) == []
     assert kills.recoveries()
     scenario.record(rest_seconds=rest_seconds, **_figures(kills, stack))
-
-
-def _taken_from_the_living(stack: Stack) -> list[object]:
-    """Jobs freed by others although their owner ran all through its lease: it was never stopped.
-
-    As this test knows it, not by the owner's heartbeats, by which the others have judged.
-    """
-    freed = stack.query(
-        "SELECT job_id, extract(epoch FROM at)::float, name FROM faults.history"
-        " JOIN faults.workers ON id = old_worker_id"
-        " WHERE status = 'processing' AND worker_id IS NULL"
-    )
-    owners = {str(worker.pid): worker for worker in stack.workers}
-    robbed = []
-    for job_id, at, name in freed:
-        owner = owners[name.rpartition(":")[2]]
-        lived = owner.lived_through(at - stack.lease_seconds, at)
-        if lived and not _freed_itself(stack, owner, job_id, at):
-            robbed.append(job_id)
-    return robbed
-
-
-def _freed_itself(stack: Stack, owner: Process, job_id: UUID, at: float) -> bool:
-    """What a worker gives up itself, because it lost the run, it says."""
-    lines = [line for line in owner.child.output() if "job_abandoned" in line]
-    told = [json.loads(line) for line in lines if str(job_id) in line]
-    times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in told]
-    return any(abs(time_ - at) < stack.lease_seconds for time_ in times)
