@@ -71,14 +71,26 @@ class ReplicateApi:
     def _route(self, kind: Kind, method: str, path: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Reply:
             self._admit(kind, request)
+            current = self._unless_reset(handler)
             fault = self.ledger.take_fault(kind, EXCHANGE_FAULTS, await self._prompt(request))
-            reply = await _exchange(fault, handler, request)
+            reply = await _exchange(fault, current, request)
             if fault is None and kind != "download":
                 remaining = "599" if kind == "create" else "2999"
                 reply.headers.update({"ratelimit-remaining": remaining, "ratelimit-reset": "1"})
             return reply
 
         return Route(path, endpoint, methods=[method])
+
+    def _unless_reset(self, handler: Handler) -> Handler:
+        """Drop what was held back since before a reset: it would look like the next test's."""
+        generation = self.ledger.generation
+
+        async def current(request: Request) -> Reply:
+            if self.ledger.generation != generation:
+                return Dropped(reset=False)
+            return await handler(request)
+
+        return current
 
     def _admit(self, kind: Kind, request: Request) -> None:
         """Count the request, then refuse it for its token or for the rate limit."""

@@ -203,10 +203,12 @@ class Ledger:
     """Everything the double remembers; one instance per server, used from its event loop only."""
 
     def __init__(self) -> None:
+        self.generation = 0  # how often it was emptied
         self.reset()
 
     def reset(self) -> None:
         """Forget predictions, counters, faults and settings."""
+        self.generation += 1
         self.predictions: list[Prediction] = []  # in order of creation
         self.by_id: dict[str, Prediction] = {}
         self.model_of_version: dict[str, str] = {}

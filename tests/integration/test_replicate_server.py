@@ -19,12 +19,14 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 from replicate import Replicate
 
+from tests.doubles.replicate_ledger import LedgerEntry
 from tests.doubles.replicate_server import PROJECT_ROOT, ReplicateServer
 
 MODEL = "black-forest-labs/flux-schnell"
 VERSION_ID = "5" * 64
 TERMINAL = {"succeeded", "failed", "canceled", "aborted"}
 GONE = (httpx.ReadError, httpx.RemoteProtocolError)
+GENEROUS_SECONDS = 30  # also for a busy machine; only a failing test takes as long
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +71,39 @@ def get(client: httpx.Client, prediction: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+def later(
+    server: ReplicateServer, client: httpx.Client, prediction: dict[str, Any], *seconds: float
+) -> list[dict[str, Any]]:
+    """What the prediction looks like when the double's clock is this far ahead of ours."""
+    bodies = []
+    for ahead_seconds in seconds:
+        server.configure(clock_ahead_seconds=ahead_seconds)
+        bodies.append(get(client, prediction))
+    return bodies
+
+
 def finished(client: httpx.Client, prediction: dict[str, Any]) -> dict[str, Any]:
-    give_up_at = time.monotonic() + 5
+    give_up_at = time.monotonic() + GENEROUS_SECONDS
     while (body := get(client, prediction))["status"] not in TERMINAL:
         assert time.monotonic() < give_up_at, body
         time.sleep(0.01)
     return body
+
+
+def created(server: ReplicateServer) -> LedgerEntry:
+    """The first create, as soon as it has come in: its client may have left before."""
+    give_up_at = time.monotonic() + GENEROUS_SECONDS
+    while not (creates := server.creates()):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+    return creates[0]
+
+
+def cancel_all(server: ReplicateServer, ids: list[str]) -> None:
+    headers = {"authorization": f"Bearer {server.token}"}
+    with httpx.Client(base_url=server.origin, headers=headers) as client:
+        for prediction_id in ids:
+            client.post(f"/v1/predictions/{prediction_id}/cancel").raise_for_status()
 
 
 def fetch(url: str) -> httpx.Response:
@@ -116,19 +145,15 @@ class TestPredictions:
     def test_a_prediction_goes_through_its_states_in_time(
         self, server: ReplicateServer, client: httpx.Client
     ) -> None:
-        server.configure(starting_seconds=0.1, latency_seconds=0.3)
+        server.configure(starting_seconds=100, latency_seconds=300)
         prediction = create(client).json()
-        seen = [prediction["status"]]
 
-        give_up_at = time.monotonic() + 5
-        while seen[-1] not in TERMINAL and time.monotonic() < give_up_at:
-            status = get(client, prediction)["status"]
-            seen += [status] if status != seen[-1] else []
-            time.sleep(0.01)
+        bodies = later(server, client, prediction, 50, 150, 250, 350)
 
-        assert seen == ["starting", "processing", "succeeded"]
-        body = get(client, prediction)
-        assert body["metrics"] == {"total_time": 0.3, "predict_time": 0.2}
+        seen = [body["status"] for body in bodies]
+        assert seen == ["starting", "processing", "processing", "succeeded"]
+        body = bodies[-1]
+        assert body["metrics"] == {"total_time": 300, "predict_time": 200}
         assert body["created_at"] < body["started_at"] < body["completed_at"]
         assert (body["error"], body["data_removed"]) == (None, False)
 
@@ -288,7 +313,7 @@ class TestWaiting:
 
         reply = post(client, {"prompt": "x"}, prefer="wait")
 
-        assert 0.2 <= time.monotonic() - began_at < 2
+        assert 0.2 <= time.monotonic() - began_at < GENEROUS_SECONDS
         assert (reply.status_code, reply.json()["status"]) == (201, "succeeded")
         assert reply.headers["preference-applied"] == "wait"
         assert len(reply.json()["output"]) == 1
@@ -301,7 +326,7 @@ class TestWaiting:
 
         reply = post(client, {"prompt": "x"}, prefer="wait=1")
 
-        assert 1 <= time.monotonic() - began_at < 2
+        assert 1 <= time.monotonic() - began_at < GENEROUS_SECONDS
         assert (reply.status_code, reply.json()["status"]) == (202, "processing")
 
     @pytest.mark.parametrize("prefer", ["wait=0", "wait=", "wait=5s", "respond-async", "wait=100"])
@@ -315,16 +340,13 @@ class TestWaiting:
         server.configure(latency_seconds=60)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(post, client, {"prompt": "x"}, prefer="wait")
-            while not (creates := server.creates()):
-                time.sleep(0.01)
-            client.post(f"/v1/predictions/{creates[0].id}/cancel")
+            client.post(f"/v1/predictions/{created(server).id}/cancel")
             reply = waiting.result()
 
         assert (reply.status_code, reply.json()["status"]) == (201, "canceled")
 
     async def test_a_thousand_waits_are_held_at_once(self, server: ReplicateServer) -> None:
-        latency_seconds = 5  # in which even a busy machine accepts them
-        server.configure(latency_seconds=latency_seconds)
+        server.configure(latency_seconds=60)
         body = b'{"input": {"prompt": "x"}}'
         request = (
             f"POST /v1/models/{MODEL}/predictions HTTP/1.1\r\nhost: double\r\n"
@@ -340,18 +362,17 @@ class TestWaiting:
             writer.close()
             return line
 
-        began_at = time.monotonic()
-        lines = await asyncio.gather(*(status_line() for _ in range(1000)))
-        elapsed_seconds = time.monotonic() - began_at
+        held = [asyncio.create_task(status_line()) for _ in range(1000)]
+        async with asyncio.timeout(GENEROUS_SECONDS):
+            while len(creates := server.creates()) < 1000:
+                await asyncio.sleep(0.05)
+        assert not any(create.reply_delivered for create in creates)
+        await asyncio.to_thread(cancel_all, server, [create.id for create in creates])
 
-        assert set(lines) == {b"HTTP/1.1 201 Created"}
-        assert elapsed_seconds < 20
+        assert set(await asyncio.gather(*held)) == {b"HTTP/1.1 201 Created"}
         creates = server.creates()
         assert len(creates) == 1000
         assert all(create.reply_delivered for create in creates)
-        # All were accepted before the first one was answered: they waited together.
-        span = time_of(creates[-1].created_at) - time_of(creates[0].created_at)
-        assert span < latency_seconds
 
 
 class TestCancel:
@@ -616,10 +637,12 @@ class TestExchangeFaults:
 
         with pytest.raises(httpx.ReadTimeout):
             client.post(
-                f"/v1/models/{MODEL}/predictions", json={"input": {"prompt": "x"}}, timeout=0.1
+                f"/v1/models/{MODEL}/predictions",
+                json={"input": {"prompt": "x"}},
+                timeout=httpx.Timeout(GENEROUS_SECONDS, read=0.1),
             )
 
-        assert len(server.creates()) == 1
+        created(server)
         time.sleep(0.6)  # past the delay: the reply then goes to nobody
         assert server.creates()[0].reply_delivered is False
 
@@ -740,12 +763,15 @@ class TestExchangeFaults:
     def test_the_rate_limit_lets_creates_through_again(
         self, server: ReplicateServer, client: httpx.Client
     ) -> None:
-        server.configure(creates_per_minute=600, creates_burst=1)
+        server.configure(creates_per_minute=40, creates_burst=1)
         assert [create(client).status_code for _ in range(2)] == [201, 429]
 
-        time.sleep(0.11)
+        give_up_at = time.monotonic() + GENEROUS_SECONDS
+        while create(client).status_code == 429:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.05)
 
-        assert create(client).status_code == 201
+        assert len(server.creates()) == 2
 
 
 class TestFateFaults:
@@ -763,18 +789,14 @@ class TestFateFaults:
     def test_status_sequence_shows_any_words_at_their_times(
         self, server: ReplicateServer, client: httpx.Client
     ) -> None:
-        sequence = [[0, "booting"], [0.1, "processing"], [0.2, "starting"], [0.3, "aborted"]]
+        sequence = [[0, "booting"], [100, "processing"], [200, "starting"], [300, "aborted"]]
         server.push_fault("create", "status_sequence", sequence=sequence)
         prediction = create(client).json()
-        seen = [prediction["status"]]
 
-        give_up_at = time.monotonic() + 5
-        while seen[-1] != "aborted" and time.monotonic() < give_up_at:
-            status = get(client, prediction)["status"]
-            seen += [status] if status != seen[-1] else []
-            time.sleep(0.01)
+        bodies = later(server, client, prediction, 50, 150, 250, 350)
 
-        assert seen == ["booting", "processing", "starting", "aborted"]
+        seen = [prediction["status"], *(body["status"] for body in bodies)]
+        assert seen == ["booting", "booting", "processing", "starting", "aborted"]
 
     def test_processing_with_output_is_complete_before_it_is_terminal(
         self, server: ReplicateServer, client: httpx.Client
@@ -933,6 +955,20 @@ class TestLedger:
         assert create(client).status_code == 201
         assert server.ledger().requests == {"create": 1}
 
+    def test_what_was_held_back_during_a_reset_never_arrives(
+        self, server: ReplicateServer, client: httpx.Client
+    ) -> None:
+        server.push_fault("create", "delay", seconds=1)
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(create, client)
+            while not server.ledger().faults_fired:
+                time.sleep(0.01)
+            server.reset()
+            with pytest.raises(GONE):
+                held.result()
+
+        assert server.creates() == []
+
     @pytest.mark.parametrize(
         ("on", "kind", "fields"),
         [
@@ -982,13 +1018,14 @@ class TestProcess:
             server.configure(latency_seconds=60)
             url = f"{server.origin}/v1/models/{MODEL}/predictions"
             headers = {"authorization": f"Bearer {server.token}", "prefer": "wait"}
+            timeout = httpx.Timeout(GENEROUS_SECONDS, read=0.2)
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(url, json={"input": {"prompt": "x"}}, headers=headers, timeout=0.2)
-            began_at = time.monotonic()
+                httpx.post(url, json={"input": {"prompt": "x"}}, headers=headers, timeout=timeout)
+            created(server)
             server.process.send_signal(signal.SIGTERM)
 
-            assert server.process.wait(timeout=5) == -signal.SIGTERM
-            assert time.monotonic() - began_at < 1
+            # The wait would last for a minute.
+            assert server.process.wait(GENEROUS_SECONDS) == -signal.SIGTERM
 
     def test_it_dies_with_a_test_process_that_is_killed(self, tmp_path: Path) -> None:
         script = (
