@@ -109,7 +109,7 @@ async def parts(
     provider = ReplicateProvider(
         replicate.token,
         replicate.origin,
-        timeout_seconds=1,
+        timeout_seconds=20,
         prefer_wait_seconds=1,
         governor=Ungoverned(),
     )
@@ -121,7 +121,7 @@ async def parts(
         storage,
         max_bytes=10 << 20,
         max_pixels=10_000_000,
-        deadline_seconds=5,
+        deadline_seconds=30,
         concurrency=4,
     )
     checker = ParameterChecker(provider.input_schema)
@@ -228,7 +228,7 @@ class TestOutcomes:
     async def test_a_slow_prediction_is_polled(
         self, parts: Parts, replicate: ReplicateServer
     ) -> None:
-        replicate.configure(latency_seconds=1.5)
+        replicate.configure(latency_seconds=3)
         assert (await parts.run(await parts.add())).outcome is Outcome.COMPLETED
         assert replicate.ledger().requests["get"] >= 1
 

@@ -610,11 +610,12 @@ class TestOrphans:
         replicate.push_fault("cancel", "delay", seconds=30)
         claims = [(await worker.submit())[0] for _ in range(2)]
         duties = asyncio.create_task(worker.recovery.run())
-        for claim in claims:
-            await worker.repository.cancel(claim.job.id)
-            worker.recovery.orphans.nudge()
-            await asyncio.sleep(0.4)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(15):
+            for number, claim in enumerate(claims, 1):
+                await worker.repository.cancel(claim.job.id)
+                worker.recovery.orphans.nudge()
+                while replicate.ledger().requests.get("cancel", 0) < number:
+                    await asyncio.sleep(0.02)
             while not replicate.creates()[1].cancel_calls:
                 await asyncio.sleep(0.05)
         duties.cancel()

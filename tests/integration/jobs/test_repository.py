@@ -342,7 +342,7 @@ class TestSweep:
         [
             (1, 4, False),  # the API has rung
             (9, 11, False),  # the sweep has, 4 s ago
-            (14, 6, False),
+            (12, 8, False),
             (16, 4, True),  # 11 s ago
             (100, 14, False),  # once more, just now
             (100, 4, True),
@@ -395,11 +395,14 @@ class TestSweep:
         assert (job.status, job.error_code) == (JobStatus.FAILED, "queue_deadline_exceeded")
         assert (await reload(repository, early)).status is JobStatus.PENDING
 
-    async def test_a_begun_job_has_a_deadline_of_its_own(self, repository: JobRepository) -> None:
-        late, early = await add(repository), await add(repository, 0.5)
+    async def test_a_begun_job_has_a_deadline_of_its_own(
+        self, repository: JobRepository, database: Postgres
+    ) -> None:
+        late, early = await add(repository), await add(repository, 30)
         for job_id, seconds in ((late, -1), (early, 60)):
             assert await repository.claim(job_id, WORKER, seconds)
-        await asyncio.sleep(0.5)
+        with psycopg.connect(database.sync_url, autocommit=True) as connection:  # 30 s later
+            connection.execute("UPDATE jobs SET deadline_at = deadline_at - interval '30 s'")
         assert await repository.expire(10) == {late: "deadline_exceeded"}
         assert (await reload(repository, late)).error_code == "deadline_exceeded"
 
