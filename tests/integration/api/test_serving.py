@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -349,11 +350,13 @@ class TestThumbnails:
     ) -> None:
         running: list[Path] = []
         at_once: list[int] = []
+        go_on = threading.Event()
 
         def slow(_: Decoder, path: Path, size: int) -> PictureInfo:
             at_once.append(len(running))
             running.append(path)
-            time.sleep(0.3)
+            go_on.wait(30)
+            time.sleep(0.1)
             running.remove(path)
             return PictureInfo((size, size))
 
@@ -362,9 +365,13 @@ class TestThumbnails:
         making = [
             asyncio.create_task(client.get(f"/media/{job_id}.png?size=256")) for job_id in ids
         ]
+        async with asyncio.timeout(30):
+            while not running:
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert (await client.get("/health")).status_code == 200
-        assert not all(request.done() for request in making)
+        assert not any(request.done() for request in making)
+        go_on.set()
         await asyncio.gather(*making)
         assert at_once == [0, 0, 0]  # one at a time
 

@@ -120,6 +120,7 @@ class TestDetailedHealth:
         self, settings: Settings, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("app.api.health.TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr("app.api.deps.REDIS_TIMEOUT_SECONDS", 60)
         async with silent_server() as port:
             silent = settings.model_copy(
                 update={
@@ -127,12 +128,13 @@ class TestDetailedHealth:
                     "redis_url": f"redis://127.0.0.1:{port}/0",
                 }
             )
-            async with open_client(silent) as client, asyncio.timeout(5):
+            async with open_client(silent) as client:
                 response = await client.get("/health/detailed")
         assert response.status_code == 503
         checks = response.json()["checks"]
         assert checks["redis"]["status"] == checks["workers"]["status"] == "unhealthy"
-        assert all(check["latency_ms"] < 1000 for check in checks.values())
+        # The clients themselves would wait for 3 s and more.
+        assert all(check["latency_ms"] < 2500 for check in checks.values())
 
 
 class TestMetrics:

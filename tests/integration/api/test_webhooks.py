@@ -111,13 +111,16 @@ class TestGenuine:
         assert job is not None
         assert job.status == "cancelled"
 
-    async def test_the_workers_are_woken(self, reporter: Reporter, settings: Settings) -> None:
+    async def test_the_workers_are_woken(
+        self, reporter: Reporter, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.wakeups.PUBLISH_SECONDS", 10)
         redis = Redis.from_url(settings.redis_url, decode_responses=True)
         async with redis.pubsub(ignore_subscribe_messages=True) as channel:
             await channel.subscribe(CHANNEL)
-            await channel.get_message(timeout=1)
+            await channel.get_message(timeout=10)
             copies = await asyncio.gather(*(reporter.send(report()) for _ in range(20)))
-            message = await channel.get_message(timeout=2)
+            message = await channel.get_message(timeout=10)
             more = await channel.get_message(timeout=0.2)
         await redis.aclose()
         assert {copy.status_code for copy in copies} == {204}
