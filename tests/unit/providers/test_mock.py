@@ -19,6 +19,8 @@ EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class TestContract(ProviderContract):
+    finds = False
+
     @pytest.fixture
     def provide(self) -> Provide:
         def provide(seconds: float = 0, failing: bool = False) -> Provider:
