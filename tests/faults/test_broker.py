@@ -39,7 +39,7 @@ def test_f03_the_broker_is_emptied(start_stack: StartStack, scenario: Scenario) 
         stack.flush_broker()
         flushed_at = time.monotonic()
         # What is under way needs no message; more than that does.
-        stack.wait_until_finished(stack.finished() + 21, sized(60, 20))
+        stack.wait_until_finished(stack.finished() + 21, 20)
         standstills.append(time.monotonic() - flushed_at)
     stack.wait_until_done(60)
     scenario.record(standstill_max_seconds=max(standstills), **vars(check(stack)))
@@ -146,7 +146,7 @@ def test_f07_a_worker_is_started_while_the_broker_is_away(
         stop_seconds=stop_seconds,
         **vars(check(stack)),
     )
-    assert stop_seconds <= sized(30, 5)
+    assert stop_seconds <= 5
 
 
 @full_only
@@ -206,7 +206,7 @@ def test_a_stalled_consumer_costs_seconds(start_stack: StartStack, scenario: Sce
     begun_seconds = float(stack.query(begun)[0][0])
     scenario.record(begun_seconds=begun_seconds, **vars(check(stack)))
     assert stack.counts() == {"completed": len(jobs)}
-    assert begun_seconds <= sized(60, 25)
+    assert begun_seconds <= 25
 
 
 @contextmanager

@@ -28,7 +28,7 @@ MOMENTS = (
     "before-the-retry",
     "as-it-comes",
 )
-CANCEL_REACHES_PROVIDER_SECONDS = sized(10.0, 2.0)
+CANCEL_REACHES_PROVIDER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_f20_strange_ends_are_ends(start_stack: StartStack, scenario: Scenario) 
         kind = "status_sequence" if "sequence" in fault else "output"
         stack.replicate.push_fault("create", kind, prompt_contains=words, times=None, **fault)
         stack.post(each, words=words)
-    took = stack.wait_until_done(sized(90, 120))
+    took = stack.wait_until_done(sized(40, 120))
     assert {words: _ends(stack, words) for words in LIVES} == {
         words: {"completed" if code is None else code} for words, (_, code) in LIVES.items()
     }

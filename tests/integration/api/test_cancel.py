@@ -40,7 +40,7 @@ async def test_a_job_being_submitted_is_cancelled_when_no_create_can_begin_any_m
     response = await client.delete(f"/api/v1/jobs/{claim.job.id}")
     took = time.monotonic() - started_at
     assert response.json()["status"] == "cancelled"
-    assert took > SUBMIT_WINDOW_SECONDS - 0.1
+    assert SUBMIT_WINDOW_SECONDS - 0.1 < took < SUBMIT_WINDOW_SECONDS + 1
 
 
 async def test_a_finished_job_cannot_be_cancelled(client: httpx2.AsyncClient, jobs: Jobs) -> None:

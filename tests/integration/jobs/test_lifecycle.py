@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -612,33 +612,19 @@ class TestLostCreates:
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(submission, "RECORD_PAUSE_SECONDS", 0)
-        adopt, failures = parts.repository.adopt, [ConnectionRefusedError()] * 3
-
-        async def failing(*args: Any) -> bool:
-            if failures:
-                raise failures.pop()
-            return await adopt(*args)
-
-        monkeypatch.setattr(parts.repository, "adopt", failing)
+        failures = _fail_at_first(monkeypatch, parts.repository, "adopt")
         lost = Mock(side_effect=LeaseLost)
         monkeypatch.setattr(parts.repository, "record_prediction", lost)
         job_id = await parts.add()
         assert (await parts.run(job_id)).outcome is Outcome.SKIPPED
         [attempt], [made] = await parts.repository.attempts(job_id), replicate.creates()
-        assert (attempt.prediction_id, made.cancel_calls) == (made.id, [])
+        assert (attempt.prediction_id, made.cancel_calls, failures) == (made.id, [], [])
 
     async def test_its_id_is_kept_although_the_database_is_away_for_a_moment(
         self, parts: Parts, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(submission, "RECORD_PAUSE_SECONDS", 0)
-        record, failures = parts.repository.record_prediction, [ConnectionRefusedError()] * 3
-
-        async def failing(*args: Any) -> bool:
-            if failures:
-                raise failures.pop()
-            return await record(*args)
-
-        monkeypatch.setattr(parts.repository, "record_prediction", failing)
+        failures = _fail_at_first(monkeypatch, parts.repository, "record_prediction")
         job_id = await parts.add()
         assert await parts.run_to_the_end(job_id) == ["completed"]
         assert failures == []
@@ -712,6 +698,22 @@ STEPS = [
     "keeper._put_metadata",
     "repository.complete",
 ]
+
+
+def _fail_at_first(
+    patch: pytest.MonkeyPatch, repository: JobRepository, write: str
+) -> list[Exception]:
+    """Have the database away for the first three tries of a write; return those still to come."""
+    real: Callable[..., Awaitable[Any]] = getattr(repository, write)
+    failures: list[Exception] = [ConnectionRefusedError()] * 3
+
+    async def failing(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await real(*args)
+
+    patch.setattr(repository, write, failing)
+    return failures
 
 
 class TestDeath:

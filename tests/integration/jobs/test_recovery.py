@@ -102,6 +102,17 @@ class Worker:
         await self.repository.record_prediction(claim.lease, attempt.id, prediction)
         return claim, prediction
 
+    async def lose(self) -> Prediction:
+        """Have a create's answer lost, and its job cancelled meanwhile, out of its window."""
+        claim = await self.claim()
+        await self.repository.begin_attempt(claim.lease, "replicate", REQUEST)
+        prediction = await self.provider.create(REQUEST)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
+            for _ in range(2):
+                await self.repository.cancel(claim.job.id)
+        return prediction
+
     async def stop_orphans(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             await self.recovery.orphans.stop_orphans(tasks)
@@ -488,33 +499,19 @@ class TestOrphans:
         duties.cancel()
 
     async def test_it_is_found_although_its_id_was_lost(
-        self, worker: Worker, replicate: ReplicateServer, monkeypatch: pytest.MonkeyPatch
+        self, worker: Worker, replicate: ReplicateServer
     ) -> None:
         replicate.configure(latency_seconds=30)
-        claim = await worker.claim()
-        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
-        for _ in range(2):
-            await worker.repository.cancel(claim.job.id)
+        prediction = await worker.lose()
         await worker.recovery.orphans.stop_lost_orphans()
         assert (await worker.provider.get(prediction.id)).status == "canceled"
         assert await worker.repository.take_orphans(10, known=False) == []
 
     async def test_it_is_found_although_the_databases_clock_was_set_back(
-        self,
-        worker: Worker,
-        replicate: ReplicateServer,
-        database: Postgres,
-        monkeypatch: pytest.MonkeyPatch,
+        self, worker: Worker, replicate: ReplicateServer, database: Postgres
     ) -> None:
         replicate.configure(latency_seconds=30)
-        claim = await worker.claim()
-        await worker.repository.begin_attempt(claim.lease, "replicate", REQUEST)
-        prediction = await worker.provider.create(REQUEST)
-        monkeypatch.setattr(statements, "SUBMIT_WINDOW_SECONDS", 0)
-        for _ in range(2):
-            await worker.repository.cancel(claim.job.id)
+        prediction = await worker.lose()
         with psycopg.connect(database.sync_url) as connection:
             connection.execute("UPDATE attempts SET created_at = now() + interval '5 min'")
         await worker.recovery.orphans.stop_lost_orphans()
